@@ -14,17 +14,15 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import NamedTuple, TypeAlias
 
-from hpack import Decoder
-from hpack.exceptions import HPACKError, OversizedHeaderListError
-
 from . import http2_hpack
-from .http2_head import LIST_LIMIT
+from .http2_hpack import BROKEN, Decoder, TooLarge
 from .http2_screen import (
     ACK,
     END_HEADERS,
     END_STREAM,
     FRAME_SIZE,
     HEADER,
+    HEADER_SIZE,
     Code,
     Fault,
     Frame,
@@ -32,6 +30,8 @@ from .http2_screen import (
     check_priority,
 )
 
+# Bytes of a header list, SETTINGS_MAX_HEADER_LIST_SIZE.
+LIST_LIMIT = 65_536
 # Streams that a connection may have open at a time, SETTINGS_MAX_CONCURRENT_STREAMS. RFC 9113
 # §5.1.2 asks for 100 at least.
 MOST_STREAMS = 100
@@ -54,35 +54,34 @@ _OURS = (
     (_ENABLE_CONNECT_PROTOCOL, 1),
 )
 
-Block: TypeAlias = "Sequence[tuple[bytes, bytes]]"  # a header list
+Block: TypeAlias = "Sequence[tuple[str, str]]"  # a header list
 
 
 class Requested(NamedTuple):
-    """A request has begun."""
+    """A request has begun. ``size``: of its header list, as LIST_LIMIT counts. ``ended``: it is
+    whole (END_STREAM)."""
 
     stream_id: int
     block: Block
+    size: int
+    ended: bool
 
 
 class Came(NamedTuple):
-    """DATA; ``flow``: its bytes as flow control counts them, with padding."""
+    """DATA; ``flow``: its bytes as flow control counts them, with padding. ``ended``: the request
+    is whole."""
 
     stream_id: int
     data: bytes
     flow: int
+    ended: bool
 
 
 class Trailed(NamedTuple):
-    """A request's trailers."""
+    """A request's trailers. It is whole."""
 
     stream_id: int
     block: Block
-
-
-class Ended(NamedTuple):
-    """END_STREAM: the request is whole."""
-
-    stream_id: int
 
 
 class Reset(NamedTuple):
@@ -99,7 +98,7 @@ class Opened(NamedTuple):
     stream_id: int
 
 
-Happened: TypeAlias = "Requested | Came | Trailed | Ended | Reset | Opened"
+Happened: TypeAlias = "Requested | Came | Trailed | Reset | Opened"
 
 
 class _Stream:
@@ -117,7 +116,7 @@ class Frames:
     closed."""
 
     def __init__(self) -> None:
-        self._decoder = Decoder(max_header_list_size=LIST_LIMIT)
+        self._decoder = Decoder(LIST_LIMIT)
         self._streams: dict[int, _Stream] = {}  # the open ones
         self._latest = 0  # the visitor's highest stream
         # Recently closed streams, and by what: END_STREAM on both sides (None), a reset by us, or
@@ -127,7 +126,8 @@ class Frames:
         self._theirs = _PROTOCOL_WINDOW  # bytes that we may send
         self._initial = _PROTOCOL_WINDOW  # the visitor's SETTINGS_INITIAL_WINDOW_SIZE
         settings = b"".join(_SETTING.pack(*setting) for setting in _OURS)
-        self._out = [_frame(Type.SETTINGS, 0, 0, settings)]
+        self.unsent = 0  # bytes of the frames that take() returns
+        self._out: list[bytes] = []  # those frames
         self._prefix = http2_hpack.NO_TABLE  # of the next header block
         self._act: dict[int, Callable[[Frame], list[Happened]]] = {
             Type.DATA: self._data,
@@ -140,6 +140,7 @@ class Frames:
             Type.GOAWAY: self._goaway,
             Type.WINDOW_UPDATE: self._window_update,
         }
+        self._put(Type.SETTINGS, 0, 0, settings)
         self._send_window_update(0, START_WINDOW_ALL - _PROTOCOL_WINDOW)
 
     # Receiving
@@ -151,7 +152,7 @@ class Frames:
 
     def _headers(self, frame: Frame) -> list[Happened]:
         stream_id, ended = frame.stream_id, bool(frame.flags & END_STREAM)
-        block = self._decode(frame.data)  # in any case: it changes the decoder's table
+        block, size = self._decode(frame.data)  # in any case: it changes the decoder's table
         if stream_id <= self._latest:
             return self._trailers(stream_id, ended, block)
         if stream_id % 2 == 0:
@@ -160,11 +161,8 @@ class Frames:
             )
         self._latest = stream_id
         stream = self._streams[stream_id] = _Stream(self._initial)
-        happened: list[Happened] = [Requested(stream_id, block)]
-        if ended:
-            stream.ended = True
-            happened.append(Ended(stream_id))
-        return happened
+        stream.ended = ended
+        return [Requested(stream_id, block, size, ended)]
 
     def _trailers(self, stream_id: int, ended: bool, block: Block) -> list[Happened]:
         stream = self._open(stream_id, Type.HEADERS)
@@ -175,15 +173,15 @@ class Frames:
         if not ended:
             return self._fail(stream_id, Code.PROTOCOL_ERROR)
         self._note_end(stream_id, stream)
-        return [Trailed(stream_id, block), Ended(stream_id)]
+        return [Trailed(stream_id, block)]
 
-    def _decode(self, data: bytes) -> Block:
+    def _decode(self, data: bytes) -> tuple[Block, int]:
         try:
-            return list(self._decoder.decode(data, raw=True))
-        except OversizedHeaderListError:
+            return self._decoder.decode(data)
+        except TooLarge:
             text = f"a header list of more than {LIST_LIMIT} bytes"
             raise Fault(Code.ENHANCE_YOUR_CALM, text) from None
-        except (HPACKError, IndexError, ValueError) as error:
+        except BROKEN as error:
             raise Fault(Code.COMPRESSION_ERROR, f"HPACK: {error}") from None
 
     def _data(self, frame: Frame) -> list[Happened]:
@@ -192,7 +190,7 @@ class Frames:
             raise Fault(Code.FLOW_CONTROL_ERROR, f"{flow} bytes, the window was {self._ours}")
         self._ours -= flow
         stream = self._open(stream_id, Type.DATA)
-        lost = Came(stream_id, b"", flow)
+        lost = Came(stream_id, b"", flow, False)
         if stream is None:
             return [lost]
         if stream.ended:
@@ -200,11 +198,10 @@ class Frames:
         if flow > stream.ours:
             return [*self._fail(stream_id, Code.FLOW_CONTROL_ERROR), lost]
         stream.ours -= flow
-        happened: list[Happened] = [Came(stream_id, frame.data, flow)]
-        if frame.flags & END_STREAM:
+        ended = bool(frame.flags & END_STREAM)
+        if ended:
             self._note_end(stream_id, stream)
-            happened.append(Ended(stream_id))
-        return happened
+        return [Came(stream_id, frame.data, flow, ended)]
 
     def _open(self, stream_id: int, kind: Type) -> _Stream | None:
         """The stream that a frame is for. None if the frame is to be dropped: it was under way when
@@ -266,7 +263,7 @@ class Frames:
                 raise Fault(Code.PROTOCOL_ERROR, f"setting {setting} is {value}, expected 0 or 1")
             elif setting == _MAX_FRAME_SIZE and not FRAME_SIZE <= value < 2**24:
                 raise Fault(Code.PROTOCOL_ERROR, f"a frame size of {value} bytes")
-        self._out.append(_frame(Type.SETTINGS, ACK, 0, b""))
+        self._put(Type.SETTINGS, ACK, 0, b"")
         return [Opened(0)]
 
     def _push_promise(self, frame: Frame) -> list[Happened]:
@@ -278,7 +275,7 @@ class Frames:
         if len(frame.data) != 8:
             raise Fault(Code.FRAME_SIZE_ERROR, f"PING of {len(frame.data)} bytes, expected 8")
         if not frame.flags & ACK:
-            self._out.append(_frame(Type.PING, ACK, 0, frame.data))
+            self._put(Type.PING, ACK, 0, frame.data)
         return []
 
     def _goaway(self, frame: Frame) -> list[Happened]:
@@ -342,34 +339,35 @@ class Frames:
         stream = self._streams.get(stream_id)
         return 0 if stream is None else min(self._theirs, stream.theirs)
 
-    def send_head(self, stream_id: int, block: Block, end: bool) -> None:
-        """A head, or trailers."""
+    def send_head(self, stream_id: int, block: Block, end: bool) -> int:
+        """A head, or trailers. Returns the size of its frames."""
         stream = self._writable(stream_id)
         data = self._prefix + http2_hpack.encode(block)
         self._prefix = b""
         flags = END_STREAM if end else 0
         if len(data) <= FRAME_SIZE:
-            self._out.append(_frame(Type.HEADERS, flags | END_HEADERS, stream_id, data))
+            sent = self._put(Type.HEADERS, flags | END_HEADERS, stream_id, data)
         else:
-            kind = Type.HEADERS
+            kind, sent = Type.HEADERS, 0
             for at in range(0, len(data), FRAME_SIZE):
                 if at + FRAME_SIZE >= len(data):
                     flags |= END_HEADERS
-                self._out.append(_frame(kind, flags, stream_id, data[at : at + FRAME_SIZE]))
+                sent += self._put(kind, flags, stream_id, data[at : at + FRAME_SIZE])
                 kind, flags = Type.CONTINUATION, 0
         if end:
             self._end(stream_id, stream)
+        return sent
 
-    def send_data(self, stream_id: int, data: bytes, end: bool) -> None:
-        """One frame of at most as many bytes as are permitted, and FRAME_SIZE."""
+    def send_data(self, stream_id: int, data: bytes, end: bool) -> int:
+        """One frame, of at most FRAME_SIZE bytes and as many as are permitted. Returns its size."""
         stream = self._writable(stream_id)
         size = len(data)
         self._theirs -= size
         stream.theirs -= size
-        flags = END_STREAM if end else 0
-        self._out += HEADER.pack(size >> 8, size & 0xFF, Type.DATA, flags, stream_id), data
+        sent = self._put(Type.DATA, END_STREAM if end else 0, stream_id, data)
         if end:
             self._end(stream_id, stream)
+        return sent
 
     def _writable(self, stream_id: int) -> _Stream:
         stream = self._streams.get(stream_id)
@@ -389,7 +387,7 @@ class Frames:
             self._send_reset(stream_id, code)
 
     def _send_reset(self, stream_id: int, code: Code) -> None:
-        self._out.append(_frame(Type.RST_STREAM, 0, stream_id, _LONG.pack(code)))
+        self._put(Type.RST_STREAM, 0, stream_id, _LONG.pack(code))
 
     def grant(self, size: int, stream_id: int = 0) -> None:
         """Permit so many more bytes on a stream, or (0) on all together."""
@@ -402,19 +400,24 @@ class Frames:
         self._send_window_update(stream_id, size)
 
     def _send_window_update(self, stream_id: int, size: int) -> None:
-        self._out.append(_frame(Type.WINDOW_UPDATE, 0, stream_id, _LONG.pack(size)))
+        self._put(Type.WINDOW_UPDATE, 0, stream_id, _LONG.pack(size))
 
     def say_goodbye(self, code: Code, text: str) -> None:
         """GOAWAY: streams after the latest one are not served. Answers under way go on."""
         data = _LONG.pack(self._latest) + _LONG.pack(code) + text.encode("ascii", "replace")
-        self._out.append(_frame(Type.GOAWAY, 0, 0, data))
+        self._put(Type.GOAWAY, 0, 0, data)
 
-    def take(self) -> list[bytes]:
+    def _put(self, kind: Type, flags: int, stream_id: int, data: bytes) -> int:
+        """Add a frame to those that are to be sent; returns its size."""
+        size = len(data)
+        self._out += HEADER.pack(size >> 8, size & 0xFF, kind, flags, stream_id), data
+        size += HEADER_SIZE
+        self.unsent += size
+        return size
+
+    def take(self) -> bytes:
         """What is to be sent now."""
-        out, self._out = self._out, []
-        return out
-
-
-def _frame(kind: Type, flags: int, stream_id: int, data: bytes) -> bytes:
-    size = len(data)
-    return HEADER.pack(size >> 8, size & 0xFF, kind, flags, stream_id) + data
+        data = b"".join(self._out)
+        self._out.clear()
+        self.unsent = 0
+        return data

@@ -7,23 +7,22 @@ its stream is reset with PROTOCOL_ERROR. Values in, values out; no I/O.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import FIELD_LIMIT, Fields, Malformed
 
-# As h2 gives them: names and values as they came, in order.
-Block = Iterable[tuple[bytes, bytes]]
+# Names and values as they came, in order.
+Block = Sequence[tuple[str, str]]
 
-# Bytes of a header list as SETTINGS_MAX_HEADER_LIST_SIZE counts it: name, value and ENTRY a field.
-LIST_LIMIT = 65_536
-ENTRY = 32
-
-# All names of a list at once, each with a line end behind it, and all values: names in lower case,
-# and values that neither begin nor end with white space (§8.2.1).
-_NAMES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9a-z]+\n)*")
-_VALUES = re.compile(rb"(?:(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?\n)*")
+# All fields of a list at once, a line each for name and value: names in lower case, and values that
+# neither begin nor end with white space (§8.2.1).
+_FIELDS = re.compile(
+    r"(?:[!#$%&'*+\-.^_`|~0-9a-z]+\n"
+    r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?\n)*"
+)
 _METHOD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _LENGTH = re.compile(r"[0-9]{1,18}")  # as in http1.py
 _URGENCY = re.compile(r"(?:^|[,;])\s*u=([0-7])(?![0-9.])")
@@ -31,7 +30,7 @@ _URGENCY = re.compile(r"(?:^|[,;])\s*u=([0-7])(?![0-9.])")
 _FORBIDDEN = frozenset({
     "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade",
 })  # fmt: skip
-_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
+_PSEUDO = frozenset({":method", ":scheme", ":authority", ":path", ":protocol"})
 # Methods whose requests have a length even without content: some targets refuse them without
 # (RFC 9110 §8.6).
 _WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
@@ -58,15 +57,10 @@ class Head(NamedTuple):
     too_large: Malformed | None
 
 
-def list_size(block: Block) -> int:
-    """The size of a header list, as LIST_LIMIT counts it."""
-    return sum(len(name) + len(value) + ENTRY for name, value in block)
-
-
 def read_head(block: Block, ended: bool) -> Head:
     """Check and translate a request's header list. ``ended``: it has END_STREAM. Raises Malformed
     for a request that has to be reset."""
-    pseudo, items = _split(block)
+    pseudo, fields = _split(block)
     method = pseudo.get(":method", "")
     if not _METHOD.fullmatch(method):
         raise Malformed(400, "no :method that is a token")
@@ -85,17 +79,16 @@ def read_head(block: Block, ended: bool) -> Head:
         if not path.startswith("/") and (path != "*" or method != "OPTIONS"):
             raise Malformed(400, "no :path that begins with a slash")
     too_large: Malformed | None = None
-    if len(items) > FIELD_LIMIT:
-        too_large = Malformed(431, f"{len(items)} fields, expected at most {FIELD_LIMIT}")
+    if len(fields) > FIELD_LIMIT:
+        too_large = Malformed(431, f"{len(fields)} fields, expected at most {FIELD_LIMIT}")
     try:
         target = http1.read_target(target)
     except Malformed as error:
         if error.status == 400:
             raise
         too_large = error
-    fields = Fields(items)
-    authority = pseudo.get(":authority") or fields.get("host") or ""
     hosts = fields.all("host")
+    authority = pseudo.get(":authority") or (hosts[0] if hosts else "")
     if len(hosts) > 1 or not authority or hosts and hosts[0].lower() != authority.lower():
         raise Malformed(400, "no :authority, or host fields that differ from it")
     # Version 1.0 may lack a Host field, and the authority says the same here.
@@ -105,10 +98,10 @@ def read_head(block: Block, ended: bool) -> Head:
         if length is not None:
             raise Malformed(400, "CONNECT with a content-length")
         has_body = False  # what follows is for the other end
-    priority = ",".join(fields.all("priority"))
+    priority = fields.all("priority")
     return Head(
         method, hostname, authority, "" if path is None else target, fields, has_body, length,
-        protocol, read_urgency(priority) if priority else URGENCY, too_large,
+        protocol, read_urgency(",".join(priority)) if priority else URGENCY, too_large,
     )  # fmt: skip
 
 
@@ -120,52 +113,40 @@ def read_urgency(priority: str) -> int:
 
 def read_trailers(block: Block) -> list[tuple[str, str]]:
     """A request's trailers, without those that a trailer must not have. Raises Malformed."""
-    pseudo, items = _split(block)
+    pseudo, fields = _split(block)
     if pseudo:
         raise Malformed(400, "pseudo-header fields in trailers")
-    if len(items) > FIELD_LIMIT:
-        raise Malformed(431, f"{len(items)} trailers, expected at most {FIELD_LIMIT}")
-    return [item for item in items if not http1.comes_too_late(item[0])]
+    if len(fields) > FIELD_LIMIT:
+        raise Malformed(431, f"{len(fields)} trailers, expected at most {FIELD_LIMIT}")
+    return [item for item in fields if not http1.comes_too_late(item[0])]
 
 
-def _split(block: Block) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Pseudo-header fields, and the others: cookies joined, Host first. Raises Malformed."""
+def _split(block: Block) -> tuple[dict[str, str], Fields]:
+    """Pseudo-header fields, which come first, and the others: cookies joined. Raises Malformed."""
     pseudo: dict[str, str] = {}
-    names: list[bytes] = []
-    values: list[bytes] = []
     for name, value in block:
-        if name[:1] != b":":
-            names.append(name)
-            values.append(value)
-        elif name not in _PSEUDO or name.decode() in pseudo or names:
-            raise Malformed(400, "a pseudo-header field that is unknown, twice or late")
-        else:
-            pseudo[name.decode()] = value.decode("latin-1")
-    # Checked as one text each: with a line end in one of them there are more lines than fields.
-    all_names, all_values = b"\n".join((*names, b"")), b"\n".join((*values, b""))
-    if (
-        not _NAMES.fullmatch(all_names)
-        or not _VALUES.fullmatch(all_values)
-        or {all_names.count(b"\n"), all_values.count(b"\n")} != {len(names)}
-    ):
+        if name[:1] != ":":
+            break
+        if name not in _PSEUDO or name in pseudo:
+            raise Malformed(400, "a pseudo-header field that is unknown or twice")
+        pseudo[name] = value
+    items = list(block[len(pseudo) :])
+    # Checked as one text: with a line end in one of them there are more lines. No name has a colon,
+    # so there is no late pseudo-header field either.
+    text = "\n".join((*chain.from_iterable(items), ""))
+    if not _FIELDS.fullmatch(text) or text.count("\n") != 2 * len(items):
         raise Malformed(400, "a field name or value with characters that it must not have")
-    lines = zip(
-        all_names.decode("latin-1").split("\n"),
-        all_values.decode("latin-1").split("\n"),
-        strict=True,
-    )
-    items = list(lines)[:-1]
-    cookies: list[str] = []
-    for field, text in items:
-        if field in _FORBIDDEN or field == "te" and text.lower() != "trailers":
-            raise Malformed(400, f"a field that HTTP/2 does not have: {field}")
-        if field == "cookie":
-            cookies.append(text)
+    fields = Fields(items)
+    named = fields.named
+    if not _FORBIDDEN.isdisjoint(named):
+        raise Malformed(400, f"a field that HTTP/2 does not have: {min(_FORBIDDEN & {*named})}")
+    if "te" in named and any(value.lower() != "trailers" for value in named["te"]):
+        raise Malformed(400, "a field that HTTP/2 does not have: te")
+    cookies = named.get("cookie", ())
     if len(cookies) > 1:  # HTTP/1.1 has one (RFC 9113 §8.2.3)
-        joined = "; ".join(cookies)
-        items = [item for item in items if item[0] != "cookie"]
-        items.append(("cookie", joined))
-    return pseudo, items
+        joined = "cookie", "; ".join(cookies)
+        fields = Fields([*(item for item in items if item[0] != "cookie"), joined])
+    return pseudo, fields
 
 
 def _framing(method: str, fields: Fields, ended: bool) -> tuple[bool, int | None]:

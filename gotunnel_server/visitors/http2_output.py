@@ -43,7 +43,6 @@ class Sender(Protocol):
     stream_id: int
     hostname: str
     visit: Visit | None
-    changed: threading.Condition
     reset: str | None
     sent_end: bool
     turn: int
@@ -53,6 +52,10 @@ class Sender(Protocol):
     def rank(self) -> tuple[int, int]: ...
 
     def cut(self, why: str) -> None: ...
+
+    def wait(self, timeout: float) -> object: ...
+
+    def wake(self) -> None: ...
 
     def spend_patience(self, seconds: float, granted: int) -> None: ...
 
@@ -85,8 +88,6 @@ class Output:
         self._is_crowded = is_crowded
         self._wake_reader = wake_reader
         self._note_sent = note_sent
-        self._out: list[bytes] = []
-        self._size = 0  # bytes in _out
         self._writing = False  # a thread writes
         self._waiting: set[Sender] = set()  # those whose threads wait to send
         self._turns = count(1)
@@ -96,17 +97,17 @@ class Output:
     @property
     def is_empty(self) -> bool:
         """Whether all of it was written. Caller holds the lock."""
-        return not self._out and not self._writing
+        return not self._frames.unsent and not self._writing
 
     # Threads of exchanges and relays
 
     def send(
         self,
         sender: Sender,
-        head: list[tuple[bytes, bytes]] | None,
+        head: list[tuple[str, str]] | None,
         data: bytes = b"",
         end: bool = False,
-        trailers: list[tuple[bytes, bytes]] | None = None,
+        trailers: list[tuple[str, str]] | None = None,
     ) -> None:
         """Send a head, data behind it, and the end, as far as they are given. Waits for the
         visitor. Raises VisitorGone, OSError; TimeoutError if it reads too slowly."""
@@ -116,23 +117,20 @@ class Output:
             try:
                 if head is not None:
                     self._await_turn(sender, 0)
-                    frames.send_head(stream_id, head, ends and not size)
+                    self._count(sender, frames.send_head(stream_id, head, ends and not size))
                     sender.sent_end = ends and not size
-                    self.collect(sender)
                 elif ends and not size:
                     self._await_turn(sender, 0)
-                    frames.send_data(stream_id, b"", True)
+                    self._count(sender, frames.send_data(stream_id, b"", True))
                     sender.sent_end = True
-                    self.collect(sender)
                 while at < size:
                     at = self._send_some(sender, data, at, ends)
                     if at < size:
                         self._push(more=True)
                 if trailers:
                     self._await_turn(sender, 0)
-                    frames.send_head(stream_id, trailers, end)
+                    self._count(sender, frames.send_head(stream_id, trailers, end))
                     sender.sent_end = True
-                    self.collect(sender)
                 self._push()
             except TimeoutError as error:
                 self._drop_slow(sender, error)
@@ -149,14 +147,13 @@ class Output:
             count = min(FRAME_SIZE, behind - at)
             last = ends and at + count == size
             piece = data if count == size else data[at : at + count]
-            self._frames.send_data(sender.stream_id, piece, last)
+            self._count(sender, self._frames.send_data(sender.stream_id, piece, last))
             self._note_sent(count)
             at += count
             if last:
                 sender.sent_end = True
             if self._waiting:
                 break
-        self.collect(sender)
         sender.turn = next(self._turns)
         return at
 
@@ -164,15 +161,17 @@ class Output:
         """Wait until the sender may go on: there is room, no other sender goes first, and, for
         ``size`` bytes of DATA, the visitor's windows are open. Returns how many bytes they permit.
         Caller holds the lock."""
+        frames = self._frames
         while True:
             if self.over is not None:
                 raise ConnectionResetError(self.over)
             if sender.reset is not None:
                 raise VisitorGone(sender.reset)
-            window = self._permitted(sender) if size else 1
-            if window > 0 and self._size < ROOM and not self._goes_behind(sender):
-                return window
-            if self._out and not self._writing:
+            window = frames.permitted(sender.stream_id) if size else 1
+            if window > 0 and frames.unsent < ROOM:
+                if not self._waiting or not self._goes_behind(sender):
+                    return window
+            if frames.unsent and not self._writing:
                 self._write()
                 continue
             self.wake_next()
@@ -180,7 +179,7 @@ class Output:
             sender.waits_for = size
             self._waiting.add(sender)
             try:
-                sender.changed.wait(min(STALL_LOOK, self._stall_timeout / 4))
+                sender.wait(min(STALL_LOOK, self._stall_timeout / 4))
             finally:
                 self._waiting.discard(sender)
             if window <= 0:  # that is the visitor's doing, all else is not
@@ -192,7 +191,7 @@ class Output:
         return self._frames.permitted(sender.stream_id)
 
     def _goes_behind(self, sender: Sender) -> bool:
-        best = self._best() if self._waiting else None
+        best = self._best()
         return best is not None and best is not sender and best.rank < sender.rank
 
     def _best(self) -> Sender | None:
@@ -203,13 +202,13 @@ class Output:
     def _push(self, more: bool = False) -> None:
         """See that the output is written: by this thread, or by one that writes or waits to send.
         With ``more`` the caller is back with more output at once. Caller holds the lock."""
-        while self._out and not self._writing:
+        while self._frames.unsent and not self._writing:
             self._write()
             if more:
                 return
             heir = self._best() if self._waiting else None
             if heir is not None:  # it runs next, and has the same duty
-                heir.changed.notify_all()
+                heir.wake()
                 return
 
     def _write(self) -> None:
@@ -227,7 +226,7 @@ class Output:
         if failure is not None:
             self._break(failure)
             raise failure
-        if self.over is not None and not self._out:
+        if self.over is not None and not self._frames.unsent:
             self._wake_reader()  # it waits for that to close the connection
 
     def _spend(self, seconds: float, taken: int) -> None:
@@ -242,39 +241,35 @@ class Output:
                      sender.hostname, error)  # fmt: skip
             self.reset(sender, Code.CANCEL, "its visitor reads too slowly")
 
-    # Any thread
+    @staticmethod
+    def _count(sender: Sender, size: int) -> None:
+        """So many bytes for the sender are in the output."""
+        if sender.visit is not None:
+            sender.visit.sent += size
 
-    def collect(self, sender: Sender | None = None) -> None:
-        """Move what the frames' rules have for the visitor into the output; it counts as sent by
-        ``sender``. Caller holds the lock."""
-        frames = self._frames.take()
-        if frames:
-            self._out += frames
-            size = sum(map(len, frames))
-            self._size += size
-            if sender is not None and sender.visit is not None:
-                sender.visit.sent += size
+    # Any thread
 
     def wake_next(self) -> None:
         """There may be room, or a window may be open: wake the thread whose turn it is. Caller
         holds the lock."""
-        if self._waiting and self._size < ROOM:
+        if self._waiting and self._frames.unsent < ROOM:
             best = self._best()
             if best is not None:
-                best.changed.notify_all()
+                best.wake()
 
     def reset(self, sender: Sender, code: Code, why: str) -> None:
         """Reset the sender's stream. Caller holds the lock, and flushes."""
         if sender.reset is None and self.over is None:
             self._frames.reset(sender.stream_id, code)
-            self.collect()
         sender.cut(why)
 
     def flush(self) -> None:
         """Write the output as far as the kernel takes it at once. Without the lock."""
+        if not self._frames.unsent:  # a thread that adds some now writes it
+            return
         with self._lock:
             # What the kernel did not take is kept by the Duplex, which has no bound: no more then.
-            while self._out and not (self._writing or self.wants_to_write or self.broken):
+            while self._frames.unsent and not (self._writing or self.wants_to_write or self.broken):
                 data = self._take()
                 failure: OSError | None = None
                 done = True
@@ -291,7 +286,7 @@ class Output:
                 elif not done:
                     self.wants_to_write = True
                     self._wake_reader()
-            if self._size > ROOM + QUANTUM + MOST_REPLIES:
+            if self._frames.unsent > ROOM + QUANTUM + MOST_REPLIES:
                 self._break(ConnectionAbortedError("the visitor does not read our replies"))
 
     def flush_kernel(self) -> None:
@@ -299,9 +294,7 @@ class Output:
         self.wants_to_write = not self._duplex.flush()
 
     def _take(self) -> bytes:
-        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-        self._out.clear()
-        self._size = 0
+        data = self._frames.take()
         self._writing = True
         self.wake_next()  # there is room now
         return data
@@ -316,4 +309,4 @@ class Output:
             self._duplex.reset()
             self._wake_reader()
         for sender in self._waiting:
-            sender.changed.notify_all()
+            sender.wake()

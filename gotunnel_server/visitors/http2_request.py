@@ -59,7 +59,7 @@ class Connection(Protocol):
 
     def reset(self, request: "Http2Request", code: Code, why: str) -> None: ...
 
-    def grant(self, request: "Http2Request", size: int) -> None: ...
+    def grant(self, request: "Http2Request", window: Window, size: int) -> None: ...
 
     def leave(self, request: "Http2Request") -> None: ...
 
@@ -73,8 +73,27 @@ class Http2Request:
     owner: Owner | None = (
         None  # logins that are bound to a connection need HTTP/1.1: see send_head()
     )
+    trailers: Iterable[tuple[str, str]] = ()
+    may_wait = True
+    wants_upgrade = False
     switched: Onward | None = None  # the other end, once raw bytes flow
+    reset: str | None = None  # why the stream is over before its end
+    # The body
+    came_flow = 0  # bytes in ``came``, as flow control counts them, with padding
+    _received = 0  # payload bytes so far
+    _unwanted = False  # see stop_reading()
+    # The answer
+    turn = 0  # number of the last turn that it sent in: see rank
+    waits_for = 0  # while its thread waits to send: bytes of DATA, 0 for a head
+    sent_end = False
+    _waiting: list[tuple[str, str]] | None = None  # the head, until it leaves with the body
+    _patience: Patience | None = None
 
+    _websocket_key = ""  # of a WebSocket (RFC 8441), which over HTTP/2 has none
+    # When it gets its page though its agent is not back (monotonic); tries without a wait
+    _wait_until = 0.0
+    _tries = 0
+    _changed: threading.Condition | None = None  # made by the first thread that waits
     _relayed: StreamVisitor  # set by switch()
 
     def __init__(
@@ -99,38 +118,20 @@ class Http2Request:
         self.templates = connection.port.templates
         self.peer: str = connection.visitor.address[0]
         self.has_body, self.body_length = head.has_body, head.body_length
-        self.trailers: Iterable[tuple[str, str]] = ()
         self.idle_timeout = connection.timeouts.idle
-        self.may_wait = True
-        self.wants_upgrade = False
         self.head_size = head_size
         self._connection = connection
         self._head = head
-        self._websocket_key = ""  # of a WebSocket (RFC 8441), which over HTTP/2 has none
         if head.protocol == "websocket":
             self._become_upgrade()
-        # When it gets its page though its agent is not back (monotonic); tries without a wait
-        self._wait_until, self._tries = 0.0, 0
-        # The body
-        self.changed = threading.Condition(connection.lock)
-        self.window = Window(START_WINDOW, MOST_WINDOW, connection.growth)
-        self.came = bytearray()  # payload that was not read yet
-        self.came_flow = 0  # ... as flow control counts it, with padding
         self.ended = ended  # the visitor has sent END_STREAM
-        self._unwanted = False  # see stop_reading()
-        self.reset: str | None = None  # why the stream is over before its end
-        self._received = 0  # payload bytes of the body so far
+        self.window: Window | None = None  # for what it may send
+        if not ended:
+            self.window = Window(START_WINDOW, MOST_WINDOW, connection.growth)
+        self.came = bytearray()  # payload that was not read yet
         self._read_whole = ended and (not self.has_body or self.body_length == 0)
         self._work = Work(WORK_RATE, WORK_BURST) if self.has_body else None
-        # The answer
         self.urgency = head.urgency
-        self.turn = 0  # number of the last turn that it sent in: see rank
-        self.waits_for = 0  # while its thread waits to send: bytes of DATA, 0 for a head
-        self.sent_end = False
-        self._waiting: list[tuple[bytes, bytes]] | None = (
-            None  # the head, until it leaves with the body
-        )
-        self._patience: Patience | None = None
 
     def _become_upgrade(self) -> None:
         """Translate an extended CONNECT into the request that asks an HTTP/1.1 target for a
@@ -154,6 +155,18 @@ class Http2Request:
         """Its place among those that wait to send: the smallest first."""
         return self.urgency, self.turn
 
+    # Caller holds the lock
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until another thread calls wake()."""
+        if self._changed is None:
+            self._changed = threading.Condition(self._connection.lock)
+        self._changed.wait(timeout)
+
+    def wake(self) -> None:
+        if self._changed is not None:
+            self._changed.notify_all()
+
     # The reader's thread. Caller holds the lock
 
     def fits(self, frame: Frame) -> bool:
@@ -169,19 +182,25 @@ class Http2Request:
     def is_short(self) -> bool:
         return self.body_length is not None and self._received != self.body_length
 
-    def take_data(self, data: bytes, flow: int) -> None:
-        """Payload has come; ``flow``: its bytes with padding."""
+    def take_data(self, data: bytes, flow: int, ended: bool) -> None:
+        """Payload has come; ``flow``: its bytes with padding. ``ended``: the request is whole."""
         self.came += data
         self.came_flow += flow
+        self.ended = ended
         if self.visit is not None:
             self.visit.received += len(data)
-        self.changed.notify_all()
+        self.wake()
+
+    def take_trailers(self, trailers: list[tuple[str, str]]) -> None:
+        """The request is whole."""
+        self.trailers, self.ended = trailers, True
+        self.wake()
 
     def cut(self, why: str) -> None:
         """The stream is over: wake its threads."""
         if self.reset is None:
             self.reset = why
-        self.changed.notify_all()
+        self.wake()
 
     def describe(self) -> None:
         """Complete the record of the visit."""
@@ -328,13 +347,14 @@ class Http2Request:
                 left = None if until is None else until - monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError("the visitor sent nothing in time")
-                self.changed.wait(left)
+                self.wait(left)
             if self.reset is not None and not self.ended:
                 raise VisitorGone(self.reset)
             data, self.came = bytes(self.came), bytearray()
             flow, self.came_flow = self.came_flow, 0
             self._read_whole = self.ended
-            connection.grant(self, flow)
+            if flow and self.window is not None:
+                connection.grant(self, self.window, flow)
         connection.output.flush()
         return data
 
@@ -372,13 +392,13 @@ class Http2Request:
         self._send(pieces)
 
     def finish(self, pieces: list[bytes], trailers: Iterable[tuple[str, str]] = ()) -> None:
-        self._send(pieces, end=True, trailers=_encoded(trailers))
+        self._send(pieces, end=True, trailers=_in_http2(trailers) if trailers else None)
 
     def _send(
         self,
         pieces: list[bytes],
         end: bool = False,
-        trailers: list[tuple[bytes, bytes]] | None = None,
+        trailers: list[tuple[str, str]] | None = None,
     ) -> None:
         head, self._waiting = self._waiting, None
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -444,20 +464,18 @@ class Http2Request:
         """Make read() return what has come, and then b""."""
         with self._connection.lock:
             self._unwanted = True
-            self.changed.notify_all()
+            self.wake()
 
     def leave(self) -> None:
         self._connection.leave(self)
 
 
-def _block(status: int, fields: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+def _block(status: int, fields: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """An answer's header list."""
-    return [(b":status", b"%d" % status), *_encoded(fields)]
+    return [(":status", str(status)), *_in_http2(fields)]
 
 
-def _encoded(fields: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+def _in_http2(fields: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [
-        (lower.encode("latin-1"), value.encode("latin-1"))
-        for name, value in fields
-        if (lower := name.lower()) not in _NOT_IN_HTTP2
+        (lower, value) for name, value in fields if (lower := name.lower()) not in _NOT_IN_HTTP2
     ]

@@ -32,29 +32,25 @@ from .http2_frames import (
     MOST_STREAMS,
     START_WINDOW_ALL,
     Came,
-    Ended,
     Frames,
     Happened,
     Opened,
     Requested,
     Reset,
-    Trailed,
 )
 from .http2_output import Output
 from .http2_reader import Reader
 from .http2_request import Http2Request
-from .http2_screen import END_STREAM, Code, Fault, Frame, Screen, Type
+from .http2_screen import Code, Fault, Frame, Screen, Type
 from .http2_windows import MOST_WINDOW_ALL, Growth, Window
 from .sites import Site
 from .visit import BLOCKED, CLIENT_CLOSED, Visit
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.http2_server")
-# The library's lines at debug level have each field with its value, secrets too.
-logging.getLogger("hpack").setLevel(logging.INFO)
 
-# Bytes of header lists of a connection's requests together, as http2_head.LIST_LIMIT counts. HPACK
-# makes such a list out of some bytes.
+# Bytes of header lists of a connection's requests together, as http2_frames.LIST_LIMIT counts them.
+# HPACK makes such a list out of some bytes.
 HEADS_LIMIT = 1024 * 1024
 
 
@@ -107,7 +103,6 @@ class Http2Connection:
             lambda: self._reader.wake(self),
             self._screen.note_sent,
         )
-        self.output.collect()
 
     @property
     def address(self) -> Address:
@@ -157,11 +152,8 @@ class Http2Connection:
         frames = self._screen.frames
         try:
             with self.lock:
-                try:
-                    for frame in self._screen.feed(data, now):
-                        self._receive(frame, now)
-                finally:
-                    self.output.collect()
+                for frame in self._screen.feed(data, now):
+                    self._receive(frame, now)
         finally:
             new, self._new = self._new, []
             malformed, self._malformed = self._malformed, []
@@ -197,42 +189,40 @@ class Http2Connection:
                 request.cut(f"its stream was reset with code {happened.code}")
         elif isinstance(happened, Opened):
             if request is not None:
-                request.changed.notify_all()
+                request.wake()
             else:
                 self.output.wake_next()
         elif request is None or request.reset is not None:
             if isinstance(happened, Came):
                 self._grant_all(happened.flow, now)  # nobody will read it
         elif isinstance(happened, Came):
-            request.take_data(happened.data, happened.flow)
-        elif isinstance(happened, Trailed):
+            request.take_data(happened.data, happened.flow, happened.ended)
+        elif request.is_short:
+            self._reset_malformed(request, "its DATA does not fit its length", now)
+        else:
             try:
-                request.trailers = http2_head.read_trailers(happened.block)
+                request.take_trailers(http2_head.read_trailers(happened.block))
             except Malformed as error:
                 self._reset_malformed(request, str(error), now)
-        elif isinstance(happened, Ended):
-            if request.is_short:
-                self._reset_malformed(request, "its DATA does not fit its length", now)
-            else:
-                request.ended = True
-                request.changed.notify_all()
 
     def _request_came(self, came: Requested, frame: Frame, now: float) -> None:
-        size = http2_head.list_size(came.block)
         # A stream that its visitor has reset counts until its exchange has ended: so resets make no
         # room for more requests (CVE-2023-44487).
-        if self._leaving or len(self._requests) >= MOST_STREAMS or self._heads + size > HEADS_LIMIT:
+        if (
+            self._leaving
+            or len(self._requests) >= MOST_STREAMS
+            or self._heads + came.size > HEADS_LIMIT
+        ):
             self._frames.reset(came.stream_id, Code.REFUSED_STREAM)
             self._screen.count_refused(now)
             return
-        ended = bool(frame.flags & END_STREAM)
         visits, visit = self.port.visits, None
         if visits is not None:
             visit = visits.begin(self.address[0])
             visit.received = len(frame.data)
             visit.protocol, visit.scheme = "HTTP/2.0", self.scheme
         try:
-            head = http2_head.read_head(came.block, ended)
+            head = http2_head.read_head(came.block, came.ended)
         except Malformed as error:
             log.debug("%s: a malformed request is reset: %s", self.visitor, error)
             self._frames.reset(came.stream_id, Code.PROTOCOL_ERROR)
@@ -241,9 +231,9 @@ class Http2Connection:
                 self._malformed.append(visit)
             self._screen.count_reset(now)
             return
-        request = Http2Request(self, came.stream_id, head, ended, size, visit)
+        request = Http2Request(self, came.stream_id, head, came.ended, came.size, visit)
         self._requests[came.stream_id] = request
-        self._heads += size
+        self._heads += came.size
         self._new.append(request)
 
     def _reset_malformed(self, request: Http2Request, why: str, now: float) -> None:
@@ -264,8 +254,9 @@ class Http2Connection:
     # Requests: the reader's thread, or a step worker
 
     def _begin(self, request: Http2Request) -> None:
-        self.visitor.seat.settle()
-        self.visitor.has_asked = True
+        if not self.visitor.has_asked:
+            self.visitor.seat.settle()
+            self.visitor.has_asked = True
         request.describe()
         if not (self.port.absent and request.await_agent()):
             self.give_place(request)
@@ -324,8 +315,8 @@ class Http2Connection:
                     output.reset(request, Code.NO_ERROR, "answered")
                 if request.came_flow:
                     self._grant_all(request.came_flow, now)
-                    output.collect()
-            request.window.end()
+            if request.window is not None:
+                request.window.end()
             is_last = not self._requests
             if is_last:
                 self._idle_since = now
@@ -346,15 +337,14 @@ class Http2Connection:
             self.output.reset(request, code, why)
         self.output.flush()
 
-    def grant(self, request: Http2Request, size: int) -> None:
+    def grant(self, request: Http2Request, window: Window, size: int) -> None:
         """The exchange has read ``size`` bytes of the body, padding included. Caller holds the
         lock, and flushes."""
         now = monotonic()
-        granted = request.window.consumed(size, not request.came, now)
+        granted = window.consumed(size, not request.came, now)
         if granted and not request.ended and request.reset is None and self.output.over is None:
             self._frames.grant(granted, request.stream_id)
         self._grant_all(size, now)
-        self.output.collect()
 
     def _grant_all(self, size: int, now: float) -> None:
         granted = self._window.consumed(size, True, now)
@@ -373,11 +363,12 @@ class Http2Connection:
         if self.output.over is None and (code or not self._leaving):
             self._leaving = True
             self._frames.say_goodbye(code, text)
-            self.output.collect()
 
     def _is_done(self) -> bool:
+        if not self._leaving:
+            return False
         with self.lock:
-            return self._leaving and not self._requests and self.output.is_empty
+            return not self._requests and self.output.is_empty
 
     def look(self, now: float) -> bool:
         """As Reader's Connection.look()."""
