@@ -32,6 +32,9 @@ except ImportError:  # setuptools before 70.1: the package wheel has it, where a
         bdist_wheel = None
 
 AGENT = [
+    # 2.4 refuses what CVE-2022-29217 let through; 2.10.0 takes a part of an issuer for the whole
+    # of it (CVE-2024-53861).
+    "PyJWT>=2.4,!=2.10.0",
     # The first with wheels for Python 3.10.
     "PyYAML>=6.0",
 ]
@@ -80,8 +83,6 @@ INSPECT = [
 ]
 
 TEST = [
-    # Makes and reads tokens, to compare ours with. Older ones were not tried.
-    "PyJWT>=2.4",
     # A program that speaks HTTP/2. Older ones were not tried.
     "httpx[http2]>=0.27",
     # The first that also hears of a thread that dies late, after the test that started it.

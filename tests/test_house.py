@@ -33,13 +33,13 @@ NET, VISITORS, AGENTS, CERTS, CLUSTER, DASHBOARD, ADMIN, PROCESSES = (
 RULES = {
     "gotunnel": set(),
     COMMON: {"gotunnel", "yaml"},
-    "gotunnel_agent": {"gotunnel", COMMON, QUICK, INSPECTOR, "yaml"},
+    "gotunnel_agent": {"gotunnel", COMMON, QUICK, INSPECTOR, "jwt", "yaml"},
     QUICK: {"gotunnel", COMMON, INSPECTOR, "gotunnel_agent"},
     INSPECTOR: {"gotunnel", COMMON, "gotunnel_agent"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
     VISITORS: {"gotunnel", COMMON, NET, ROUTES, "h2", "hpack", "hyperframe"},
-    AGENTS: {"gotunnel", COMMON, NET, ROUTES, "yaml"},
+    AGENTS: {"gotunnel", COMMON, NET, ROUTES, "jwt", "yaml"},
     CERTS: {
         "gotunnel", COMMON, NET, "acme", "cryptography", "josepy", "requests", "urllib3",
     },
@@ -47,7 +47,7 @@ RULES = {
     DASHBOARD: {"gotunnel", COMMON, NET, ROUTES, VISITORS},
     ADMIN: {
         "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, CLUSTER, "gotunnel_server",
-        "cryptography",
+        "cryptography", "jwt",
     },
     PROCESSES: {"gotunnel", COMMON, NET, VISITORS, CLUSTER, DASHBOARD, "gotunnel_server"},
     "gotunnel_server": {
@@ -76,7 +76,6 @@ PURE = [
     "gotunnel_agent/common/strict_yaml.py",
     "gotunnel_agent/common/systemd_unit.py",
     "gotunnel_agent/common/token_bucket.py",
-    "gotunnel_agent/common/web_token.py",
     "gotunnel_agent/dialogue.py",
     "gotunnel_agent/inspector/access.py",
     "gotunnel_agent/inspector/answer.py",

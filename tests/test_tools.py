@@ -64,7 +64,7 @@ def test_what_pip_says_last_is_shown_if_it_fails(tmp_path):
 def test_each_need_takes_its_lists_out_of_setup_py():
     server, test = (bootstrap.requirements(SETUP, need) for need in ("server", "test"))
     names = [re.match(r"[\w-]+", requirement)[0] for requirement in server]
-    assert names[:3] == ["PyYAML", "cryptography", "python-dotenv"]
+    assert names[:4] == ["PyJWT", "PyYAML", "cryptography", "python-dotenv"]
     assert test[: len(server)] == server
     assert any(requirement.startswith("pytest>=") for requirement in test)
 

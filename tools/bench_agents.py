@@ -13,8 +13,9 @@ import ssl
 import sys
 import time
 
+import jwt
+
 from gotunnel import DATA, HEADER_SIZE, SYN, WINDOW_UPDATE, Header
-from gotunnel_agent.common.web_token import sign
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = 30  # seconds for any one wait
@@ -32,7 +33,7 @@ def register(number, port, hostname, secret):
     claims = {"iss": f"idle{number}", "iat": now, "exp": now + LIFETIME}
     message = {
         "type": "register",
-        "token": sign(claims, secret),
+        "token": jwt.encode(claims, secret, algorithm="HS256"),
         "routes": {f"idle{number}.localhost": f"{LOOPBACK}:9"},
     }
     payload = json.dumps(message).encode() + b"\n"

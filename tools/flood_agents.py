@@ -13,8 +13,9 @@ import ssl
 import sys
 import time
 
+import jwt
+
 from gotunnel import MessageReader, Mux, Ping, Pong, ProtocolError, Received, encode_message
-from gotunnel_agent.common.web_token import sign
 
 LOOPBACK = "127.0.0.1"
 LIFETIME = 3600  # seconds of a token, as the Go agent's
@@ -34,7 +35,7 @@ class Agents:
         now = int(time.time())
         claims = {"iss": f"flood{number}", "iat": now, "exp": now + LIFETIME}
         return json.dumps({
-            "type": "register", "token": sign(claims, self._secret),
+            "type": "register", "token": jwt.encode(claims, self._secret, algorithm="HS256"),
             "routes": {f"flood{number}.localhost": f"{LOOPBACK}:9"},
         }).encode() + b"\n"  # fmt: skip
 

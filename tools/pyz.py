@@ -23,15 +23,23 @@ OUTPUT = os.path.join("dist", "gotunnel.pyz")
 # compares the wheels with these sums (--require-hashes). Raise them by hand, with `pip download`
 # and `sha256sum`; PyYAML's is the one for PLATFORM, of which the compiled part is left out.
 PINNED = (
+    ("PyJWT", "2.15.1", "42d59d631f7768a1028a64c7ff581a9bf7519804daf91fc5b6c56e30eec5e193"),
     ("PyYAML", "6.0.4", "88a089e6424a8a256321270620d5a4328ad5227fb2061b07d33f596894336914"),
     ("segno", "1.6.6", "28c7d081ed0cf935e0411293a465efd4d500704072cdb039778a2ab8736190c7"),
+    # PyJWT's, on Python 3.10.
+    (
+        "typing_extensions",
+        "4.16.0",
+        "481caa481374e813c1b176ada14e97f1f67a4539ce9cfeb3f350d78d6370c2e8",
+    ),
 )
 PLATFORM = ("--python-version=3.10", "--implementation=cp", "--platform=manylinux2014_x86_64")
 
 SHEBANG = b"#!/usr/bin/env python3\n"
 
 # What Python runs first. An old Python must be able to parse it. Packages of the machine are taken
-# off the path: the agent is then the same on each.
+# off the path: the agent is then the same on each, and PyJWT does not import a cryptography that it
+# has no use for.
 MAIN = b"""\
 import os
 import sys

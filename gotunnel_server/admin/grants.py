@@ -26,13 +26,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+import jwt
+
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.join_string import TOKEN
-from gotunnel_agent.common.web_token import sign
 
 from ..agents import agents_file, scope
 from ..agents.agents_file import MAX_NAME, AgentsFileError, Entry
-from ..agents.credentials import MAX_TOKEN, lapsed
+from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.schedule import DAY
 from ..config import Config
@@ -127,7 +128,7 @@ def run_token(
     now = int(time.time())
     claims = {"iss": issuer, "iat": now, "exp": now + ttl, "hosts": hosts,
               "ports": scope.written(ports)}  # fmt: skip
-    token = sign(claims, secret)
+    token = jwt.encode(claims, secret, ALGORITHM)
     # The registration that carries it has no more room, and also holds the hostnames.
     if len(token) > MAX_TOKEN // 2:
         raise GrantError(f"a token of {len(token)} characters is too long: name fewer hosts")

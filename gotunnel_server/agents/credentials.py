@@ -7,10 +7,11 @@
 Each of them may have two secrets for a while, the new one and the old one. When the old one is
 gone, sessions that it has signed for are asked to come again (RETIRED), and end if they do not.
 
-A token (common/web_token.py) must have an end (``exp``) and may have ``hosts`` and ``ports``; a
-token whose hosts or ports cannot be read is refused. The signature is checked before anything that
-depends on the file. An unknown issuer costs the same work and gets the same text as a wrong secret,
-so that a stranger does not learn which issuers there are.
+HS256 is the only algorithm, so that a token cannot choose how it is checked. A token must have an
+end (``exp``) and may have ``hosts`` and ``ports``; a token whose hosts or ports cannot be read is
+refused. The signature is checked before anything that depends on the file. An unknown issuer costs
+the same work and gets the same text as a wrong secret, so that a stranger does not learn which
+issuers there are.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import re
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gotunnel_agent.common import web_token
+import jwt
+
 from gotunnel_agent.common.one_line import on_one_line
-from gotunnel_agent.common.web_token import WebToken
 
 from . import agents_file, scope
 from .agents_file import MAX_NAME, AgentsFileError, Entry, Stamps
@@ -36,6 +37,7 @@ from .identity import MOST_SHOWN, Identity
 
 log = logging.getLogger("gotunnel.credentials")
 
+ALGORITHM = "HS256"
 # Seconds that a session may go on whose token was signed with the older one of two secrets, when
 # that is removed or its date has passed. A new token signed with it is refused at once.
 RETIRED = 30
@@ -43,13 +45,25 @@ CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off, as small hosts' c
 MAX_TOKEN = 64 * 1024  # characters; tokens have a few hundred, a control message has no more room
 MOST_TIME = 253_402_300_800  # seconds, the year 10000; a larger number is in milliseconds
 
+# Claims that PyJWT must not check: identify() checks those that matter, with better texts.
 _HALF = re.compile("[\ud800-\udfff]")
+CHECKS_OF_CLAIMS = ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")
 
 Scope = TypeVar("Scope")
+
+_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")  # RFC 7515 §3.1
+
+# PyJWT warns of secrets below 32 bytes at each token. The gateway warns at start, once, and only
+# below LEAST_SECRET (secret.py), as shorter ones than 32 bytes are in use with Go gateways.
+warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
 class TokenInvalid(Exception):
     """A token is refused; the text says why, and the agent may read it."""
+
+
+class NoFit(TokenInvalid):
+    """The token was signed with another secret."""
 
 
 class Credentials:
@@ -92,15 +106,13 @@ class Credentials:
         if len(token) > MAX_TOKEN:
             size = len(token)
             raise TokenInvalid(f"the token has {size} characters, expected at most {MAX_TOKEN}")
-        try:
-            read = web_token.read(token)
-        except web_token.Unreadable as error:
-            raise TokenInvalid(str(error)) from None
-        claims = read.claims
-        claimed = claims.get("iss", "")
+        if not _COMPACT.fullmatch(token):
+            raise TokenInvalid("the token is malformed, expected three base64url parts with dots")
+        _check_algorithm(token)
+        claimed = _decode(token, None).get("iss", "")
         entry = self._entries.get(claimed) if isinstance(claimed, str) else None
         accepted = self._shared if entry is None else entry.accepted(time.time())
-        secret = self._fitting(read, accepted)
+        claims, secret = self._check(token, accepted)
 
         # From here on the agent has the secret.
         if not isinstance(claimed, str) or len(claimed) > MAX_NAME:
@@ -121,17 +133,14 @@ class Credentials:
         hosts, ports = _claimable(claims, entry)
         return Identity(claimed, hosts, ports, entry, ends, secret)
 
-    def _fitting(self, token: WebToken, accepted: Iterable[str]) -> str:
-        """The secret that has signed a token. Always two are tried before a refusal, so that its
+    def _check(self, token: str, accepted: Iterable[str]) -> tuple[dict[str, Any], str]:
+        """The claims, and the secret that fits. Always two are tried before a refusal, so that its
         time does not tell which issuers have two (no timing oracle). Raises TokenInvalid."""
-        for secret in islice((*accepted, self._random_secret, self._random_secret), 2):
-            if token.is_signed_with(secret):
-                return secret
-        # The same text for a wrong secret and for an unknown issuer: see the module.
-        raise TokenInvalid(
-            "the token's signature does not fit: compare jwt_secret and jwt_issuer with the "
-            "gateway's"
-        )
+        first, second, *_ = *accepted, self._random_secret, self._random_secret
+        try:
+            return _decode(token, first), first
+        except NoFit:
+            return _decode(token, second), second
 
     def change_shared(self, secret: str | None, old_secret: str | None, issuer: str | None) -> None:
         """Accept another shared secret from now on. Call Tunnels.end_revoked() then."""
@@ -251,7 +260,37 @@ def _pair(secret: str | None, old_secret: str | None) -> tuple[str, ...]:
     return tuple(text for text in (secret, old_secret) if text is not None)
 
 
-# --- Claims --------------------------------------------------------------------------------------
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+def _check_algorithm(token: str) -> None:
+    try:
+        header = jwt.get_unverified_header(token)
+    except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
+        raise TokenInvalid("the token cannot be read, expected a JSON Web Token") from None
+    algorithm = header.get("alg")
+    if algorithm != ALGORITHM:
+        came = on_one_line(algorithm, 20) if isinstance(algorithm, str) else "missing"
+        raise TokenInvalid(f"the token's algorithm is {came}, expected {ALGORITHM}")
+    if "crit" in header:  # extensions that must be understood (RFC 7515 §4.1.11)
+        raise TokenInvalid("the token's header has crit, expected none")
+
+
+def _decode(token: str, secret: str | None) -> dict[str, Any]:
+    """The claims, unchecked; ``secret`` None: the signature is not checked either."""
+    options: Any = {f"verify_{name}": False for name in CHECKS_OF_CLAIMS}
+    options["verify_signature"] = secret is not None
+    try:
+        return jwt.decode(token, secret or "", algorithms=[ALGORITHM], options=options)
+    except jwt.InvalidSignatureError:
+        # The same text for a wrong secret and for an unknown issuer: see the module.
+        raise NoFit(
+            "the token's signature does not fit: compare jwt_secret and jwt_issuer with the "
+            "gateway's"
+        ) from None
+    except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
+        # The last three: PyJWT does not expect everything that a stranger may put into a token.
+        raise TokenInvalid("the token's claims cannot be read, expected a JSON object") from None
 
 
 def _check_times(claims: Mapping[str, Any]) -> None:

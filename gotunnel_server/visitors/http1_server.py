@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
+from http.server import BaseHTTPRequestHandler
 from time import monotonic
 from typing import NamedTuple
 
@@ -45,12 +46,14 @@ NO_FIELDS = Fields([])
 NO_CONTENT = (204, 304)  # statuses of answers without a body (RFC 9112 §6.3)
 
 
-class Handler:
+class Handler(BaseHTTPRequestHandler):
     """A visitor's HTTP/1.1 connection, one request after the other.
 
-    The owner of the connection calls head_came() when bytes have arrived, and handle_one_request()
-    when that returned True. One thread at a time.
+    Unlike its base class it is not run by a server: the owner of the connection calls head_came()
+    when bytes have arrived, and handle_one_request() when that returned True. One thread at a time.
     """
+
+    connection: Duplex
 
     def __init__(
         self,
@@ -96,9 +99,9 @@ class Handler:
         self._proxies = proxies
         self._response_timeout = response_timeout
         self._buffer = b""  # the beginning of a head
-        self._head = b""  # a whole one
         self._again: Http1Request | None = None  # its tunnel did not get it: see unread_body()
-        self.connection = duplex
+        # As the base's __init__(), which would also serve the whole connection.
+        self.request = self.connection = duplex
         self.client_address = address
 
     # Requests
@@ -125,7 +128,7 @@ class Handler:
             self._buffer += data
             self.current = None
             end = http1.head_end(self._buffer, seen)
-        self._head, rest = self._buffer[:end], self._buffer[end:]
+        self.raw_requestline, rest = self._buffer[:end], self._buffer[end:]
         if rest:
             self.connection.unread(rest)
         self._buffer, self._again = b"", None
@@ -138,10 +141,10 @@ class Handler:
             return self._again
         request = self.current = Http1Request(self)
         try:
-            request.read_head(self._head)
+            request.read_head(self.raw_requestline)
         finally:
             if self.visit is not None:
-                self.visit.received = len(self._head)
+                self.visit.received = len(self.raw_requestline)
                 self.visit.describe(
                     request.method, request.hostname or self.sni or "",
                     request.path or request.authority, f"HTTP/1.{request.minor}", self.scheme,

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from html import escape
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -107,19 +108,11 @@ _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 Pairs = tuple[tuple[str, str], ...]  # fields of a message, as (name, value)
 
-# As html.escape() has them. The module html loads the names of all entities, half a megabyte.
-_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
-
 # What may stand in {{...}} of a template.
 PLACEHOLDERS = ("title", "message", "status", "reason", "code", "hostname", "request_id", "details")
 # Bounded, as blanks without an end would else take minutes to read (quadratic backtracking).
 _PLACEHOLDER = re.compile(r"\{\{([^{}]{0,100})\}\}")
 ANY = "error"  # the name of the template for all errors that have none of their own
-
-
-def escape(text: str) -> str:
-    """A text as HTML, also within quotes."""
-    return text.translate(_ENTITIES)
 
 
 class TemplateError(ValueError):

@@ -741,7 +741,7 @@ def test_forward_loads_nothing_that_only_an_agent_needs():
         "import runpy, sys; sys.argv = ['gotunnel_agent', 'forward', '--help']\n"
         f"try: runpy.run_path({str(ROOT / 'gotunnel_agent')!r}, run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "print({'yaml', 'asyncio', 'subprocess', 'gotunnel_agent.agent'} & set(sys.modules))"
+        "print({'yaml', 'jwt', 'asyncio', 'subprocess', 'gotunnel_agent.agent'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=TIMEOUT)
     assert done.stdout.splitlines()[-1:] == [b"set()"], done.stderr

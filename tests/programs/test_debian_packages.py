@@ -12,7 +12,7 @@ from support import APP, ROOT, agent_here, answer, gateway_environment, gateway_
 
 PYTHON = "/usr/bin/python3"
 FOLDER = os.environ.get("GOTUNNEL_DEBIAN_PACKAGES", "/usr/lib/python3/dist-packages")
-NEEDED = ("acme", "cryptography", "dotenv", "josepy", "requests", "urllib3", "yaml")
+NEEDED = ("acme", "cryptography", "dotenv", "josepy", "jwt", "requests", "urllib3", "yaml")
 PROGRAM = str(ROOT / "gotunnel_server")
 
 if not all(os.path.isdir(os.path.join(FOLDER, name)) for name in NEEDED):

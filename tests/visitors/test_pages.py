@@ -1,7 +1,6 @@
 """The gateway's own pages: which form a visitor gets, and that docs/visits.md lists every code."""
 
 import ast
-import html
 import json
 import os
 import re
@@ -486,8 +485,3 @@ def test_the_docs_list_every_code_and_no_other():
     assert dashboard - codes_of_the_docs() - listed <= {(400, "wrong-password")}  # the form says it
     composed = {(400, "bad-address"), (400, "bad-reason")}  # of the name of what is wrong
     assert listed <= dashboard | visitors | composed
-
-
-def test_texts_are_escaped_as_by_html():
-    text = "".join(map(chr, range(0x250))) + "&amp;<a href=\"x\" title='y'>"
-    assert pages.escape(text) == html.escape(text)
