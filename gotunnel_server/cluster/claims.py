@@ -34,6 +34,7 @@ MOST_ASKED = 10_000  # agents here that are asked for other gateways at a time
 ANSWER_TIMEOUT = 5.0  # seconds for which their answers are awaited; heartbeat.py takes 3
 PATIENCE = 5.0  # seconds without serving until agents are asked to dial again
 MOST_NAMES = 5_000  # in one message
+MOST_NAME = 255  # characters of one
 # Members that are told to look after the earlier session of an agent that has come here: with
 # more, it most likely has a session with each of them.
 MOST_LOOKED_AFTER = 4
@@ -129,8 +130,8 @@ class _Hold:
 class _Pending:
     """A claim that the board has not granted yet."""
 
-    def __init__(self, owners: Mapping[str, str]):
-        self.owners = owners  # by name
+    def __init__(self, owners: Mapping[str, str], modes: Mapping[str, str]):
+        self.owners, self.modes = owners, modes  # by name
         self.to_send = True
         self.holders: dict[str, RemoteHolder] | None = None  # of TAKEN names; None: no answer yet
         self.sent_at = 0.0
@@ -188,7 +189,8 @@ class SharedClaims:
             # Earlier sessions of the same agent; or a pool that the agent does not fit into.
             taken, why = dict(error.holders), error.why
         tunnel = next(iter(routes.values())).tunnel
-        taken |= self._acquire(tunnel, owners, instead_of)
+        modes = {name: route.mode for name, route in routes.items()}
+        taken |= self._acquire(tunnel, owners, modes, instead_of)
         if taken:
             raise HostnameTaken(taken, why)
         self._registry.claim(routes, permit, instead_of)
@@ -209,8 +211,9 @@ class SharedClaims:
         return any(hold is None or hold.owner != owner for hold, owner in holds)
 
     def _acquire(
-        self, tunnel: Tunnel, owners: Mapping[str, str], instead_of: Collection[Tunnel]
-    ) -> dict[str, Any]:
+        self, tunnel: Tunnel, owners: Mapping[str, str], modes: Mapping[str, str],
+        instead_of: Collection[Tunnel],
+    ) -> dict[str, Any]:  # fmt: skip
         """Have the board grant the names that this member does not hold. Returns the holders of
         those that others have; none: all are granted. Raises Undecided."""
         if not self._member.serves():
@@ -226,7 +229,7 @@ class SharedClaims:
                 return {}
             pending = self._pending.get(tunnel)
             if pending is None or pending.owners != missing:
-                pending = self._pending[tunnel] = _Pending(missing)
+                pending = self._pending[tunnel] = _Pending(missing, modes)
             elif pending.holders is not None and monotonic() - pending.sent_at > RE_ASK:
                 pending.to_send = True
             holders = pending.holders
@@ -315,6 +318,8 @@ class SharedClaims:
                 pending.holders = self._remote_holders(asks, answers)
         if granted:
             self._look_after(asks, answers)
+            if is_wanted:
+                self._tell_come(pending.modes, asks, answers)
 
     def _hold(self, ask: Ask, answer: Answer, users: set[Tunnel]) -> None:
         """Caller holds the lock."""
@@ -346,6 +351,16 @@ class SharedClaims:
                     del self._remote[next(iter(self._remote))]
             found |= dict.fromkeys(held, holder)
         return found
+
+    def _tell_come(
+        self, modes: Mapping[str, str], asks: Sequence[Ask], answers: Sequence[Answer]
+    ) -> None:
+        """Hostnames are served here alone, in a moment: the agent dials the other gateways, and a
+        visit that one of them gets before should wait."""
+        come = {a.name: modes[a.name] for a, answer in zip(asks, answers) if not answer.holders}
+        if come:
+            message = {"do": "come", "from": self._member.id, "names": list(come.items())}
+            self._member.publish("", message)
 
     def _call(self, contact: int, asks: Sequence[Ask], together: bool) -> tuple[Answer, ...]:
         answers = self._board.claim(self._member.id, contact, asks, together)
@@ -500,6 +515,16 @@ class SharedClaims:
     def hear_free(self, message: Message) -> None:
         """Names are free that another gateway had."""
         self.on_free(_names(message))
+
+    def hear_come(self, message: Message) -> None:
+        """Another gateway is about to serve names: visits to them wait here until they are."""
+        found = message.get("names")
+        pairs = found[:MOST_NAMES] if isinstance(found, list) else []
+        self._registry.expect({
+            pair[0]: pair[1] for pair in pairs
+            if isinstance(pair, (list, tuple)) and len(pair) == 2
+            and all(isinstance(part, str) and len(part) <= MOST_NAME for part in pair)
+        })  # fmt: skip
 
     def tick(self) -> None:
         """Thread "cluster tenure"."""

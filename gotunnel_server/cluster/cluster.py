@@ -118,7 +118,7 @@ class Cluster:
         self._card = Card(self.id)
         self._hear: dict[str, Callable[[Message], object]] = {}
         board.on_message = self._heard
-        for do in ("ask", "alive", "free"):
+        for do in ("ask", "alive", "free", "come"):
             self.on(do, getattr(self.claims, f"hear_{do}"))
         self.on("leaving", self._member.hear_leaving)
         self.certificates = self._share(config.acme_cache, name)

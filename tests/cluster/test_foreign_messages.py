@@ -7,7 +7,7 @@ import pytest
 from gotunnel_server.cluster.cluster import Cluster
 from gotunnel_server.routes import Registry
 
-KINDS = ("ask", "alive", "free", "leaving")
+KINDS = ("ask", "alive", "free", "come", "leaving")
 SENDERS = (None, [], {}, 5, "", "a\nb", "x" * 65, "{gotunnel}:all")
 
 
@@ -30,7 +30,10 @@ def test_a_message_needs_a_sender_that_could_be_a_member(cluster, caplog, kind, 
     assert not told and "bug" not in caplog.text
 
 
-@pytest.mark.parametrize("names", [None, 5, {}, [[]], [{}, None, 5], ["a.test"], "a.test"])
+@pytest.mark.parametrize(
+    "names",
+    [None, 5, {}, [[]], [{}, None, 5], ["a.test"], "a.test", [[5, "http"], ["a.test", []]]],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_message_of_somebody_unknown_does_no_harm(cluster, caplog, kind, names):
     cluster._heard({"do": kind, "from": "deadbeef", "names": names})

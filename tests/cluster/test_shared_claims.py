@@ -165,6 +165,28 @@ def test_an_agent_has_its_hostname_at_each_gateway(world, gateways):
     assert len({hold.number for g in gateways for hold in g.claims._holds.values()}) == 1
 
 
+def test_visits_to_a_new_name_wait_at_the_gateways_that_do_not_have_it_yet(world, gateways):
+    a, b, c = gateways
+    a.serve(a.tunnel("one"), APP, "*.dev.test")
+    assert not b.registry.awaits(APP)
+    world.deliver()
+    assert [gateway.registry.awaits(APP) for gateway in gateways] == [False, True, True]
+    assert c.registry.awaits("x.dev.test") and not c.registry.awaits("x.test")
+    b.serve(b.tunnel("one"), APP)  # the agent has dialled it
+    assert not b.registry.awaits(APP)
+    assert not [message for _, message in world.messages if message["do"] == "come"]
+
+
+def test_a_name_that_was_granted_too_late_is_not_awaited(world, gateways):
+    a, b, _ = gateways
+    tunnel = a.tunnel("one")
+    grant = world.board.claim
+    world.board.claim = lambda *call: (a.claims.release(tunnel), grant(*call))[1]
+    a.claim(tunnel, APP)
+    world.deliver()
+    assert world.holders(APP) == set() and not b.registry.awaits(APP)
+
+
 def test_a_name_is_free_when_its_last_session_has_ended(world, gateways):
     a, b, _ = gateways
     tunnels = [gateway.tunnel("one") for gateway in (a, b)]
