@@ -99,6 +99,16 @@ def test_keys_choose_visits_and_the_choice_survives_news(shown, inspected):
     shown.until_it_says("Keys and search")
 
 
+def test_a_websocket_is_not_offered_to_be_replayed(shown, inspected):
+    choose(shown, 9)
+    replay = "const it = document.getElementById('replay'); return [it.disabled, it.title]"
+    disabled, why = shown.script(replay)
+    assert disabled and "WebSocket" in why
+    press(shown, "r")  # does nothing
+    choose(shown, 10)
+    assert shown.script(replay) == [False, ""]
+
+
 def test_narrow_window_has_a_page_for_a_visit(shown):
     shown.as_wide_as(360)
     shown.until(lambda: not shown.seen("#visit"))
