@@ -121,11 +121,15 @@ class Agents(NamedTuple):
 def read(path: Path) -> Agents:
     """Read and check the file. Raises AgentsFileError at the first problem."""
     with _named(path):
-        if not os.path.lexists(path):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
             raise AgentsFileError(
                 "there is no such file, expected one with agents: make it with: gotunnel-server "
                 "agents add NAME --hosts app.example.com"
-            )
+            ) from None
+        except OSError:
+            pass  # as of a folder that may not be searched: _text() says why
         return _agents(_text(path, MAX_FILE), path)
 
 

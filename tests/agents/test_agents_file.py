@@ -219,6 +219,8 @@ def test_unquoted_secret_that_yaml_takes_for_something_else_does_not_show(path):
 
 def test_file_that_cannot_be_read_is_refused(path):
     assert refusal(path).startswith("there is no such file, expected one with agents: make it with")
+    # As in a folder that may not be searched, of which root could make no example.
+    assert refusal(path.with_name("a" * 300)).startswith("cannot be read (File name too long)")
     path.write_bytes(b"one: \xff\n")
     assert refusal(path).startswith("byte 5 is not UTF-8")
     path.unlink()
