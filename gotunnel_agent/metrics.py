@@ -1,7 +1,8 @@
 """The agent's metrics port: /metrics, /healthz and /readyz (common/metrics_page.py).
 
-One thread, "metrics", answers one peer at a time and gives each PEER_TIMEOUT. It is a small server
-of its own: the agent has no listeners, and a scrape comes every few seconds.
+A small server of its own: the agent has no listeners, and a scrape comes every few seconds. Thread
+"metrics" accepts peers and reads their heads (common/arrivals.py), ANSWERERS threads answer. So a
+peer that says nothing holds up no health check, and each peer has PEER_TIMEOUT.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ import selectors
 import socket
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
-from time import monotonic, sleep
+from time import monotonic
 
-from gotunnel import Deadline, NoThread, Waker, __version__, call_logged, process_memory, spawn
+from gotunnel import Deadline, NoThread, Waker, __version__, process_memory, spawn
 
 from .agent import Agent
 from .common import http1, metrics_page
+from .common.arrivals import Address, Arrivals
 from .common.duplex import Duplex
 from .common.exposition import Metric, Sample, counter, gauge
 from .common.metrics_page import Answer
+from .common.process import Stopped, Workers
 from .common.process_figures import process_figures
 
 log = logging.getLogger("gotunnel.metrics")
 
 PREFIX = "gotunnel_agent_"
 BACKLOG = 8  # peers that the kernel queues: a scraper and a health check or two
-PEER_TIMEOUT = 2  # seconds for one peer to ask and to take the answer; others wait meanwhile
-NO_DESCRIPTOR = 0.2  # seconds until the next try, if the process has no descriptor left
+PEER_TIMEOUT = 2  # seconds for one peer to ask, and again to take the answer
+ANSWERERS = 4  # threads, which a peer that does not take its answer holds up
+LAST_ANSWERS = 1  # seconds that they have to end
 
 
 class PortUnusable(Exception):
@@ -46,6 +50,7 @@ class MetricsPort:
         self._sockets: list[socket.socket] = []
         self._waker: Waker | None = None  # while the thread runs
         self._ended = False
+        self._workers = Workers(ANSWERERS, "metrics")
         for address in bound:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             try:
@@ -80,40 +85,38 @@ class MetricsPort:
     def _run(self, waker: Waker) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(waker, selectors.EVENT_READ)
-            for sock in self._sockets:
-                selector.register(sock, selectors.EVENT_READ)
-            while not self._ended:
-                for key, _ in selector.select():
-                    if isinstance(key.fileobj, socket.socket) and not self._ended:
-                        call_logged(self._accept, key.fileobj)
+            arrivals = Arrivals(
+                selector, self._sockets, self._pass_on, PEER_TIMEOUT, http1.HEAD_LIMIT
+            )
+            with contextlib.closing(arrivals):
+                while not self._ended:
+                    for key, _ in selector.select(arrivals.left()):
+                        arrivals.take(key.fileobj)
+                    arrivals.end_late()
         for sock in self._sockets:
             sock.close()
         waker.close()
+        self._workers.shutdown(LAST_ANSWERS)
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _pass_on(self, sock: socket.socket, address: Address, head: bytes) -> None:
         try:
-            sock, _ = listening.accept()
-        except BlockingIOError:  # the peer is gone
-            return
-        except OSError:  # no descriptor is left
-            sleep(NO_DESCRIPTOR)
-            return
+            self._workers.submit(self._answer_one, sock, head)
+        except Stopped:
+            sock.close()
+
+    def _answer_one(self, sock: socket.socket, head: bytes) -> None:
+        """Thread of the pool."""
         peer = Duplex(sock)
         try:
-            self._serve(peer, Deadline(PEER_TIMEOUT))
+            self._serve(peer, head, Deadline(PEER_TIMEOUT))
         except OSError as error:
             log.debug("metrics: a peer got no answer: %s", error)
         finally:
             peer.close()
 
-    def _serve(self, peer: Duplex, deadline: Deadline) -> None:
-        came = b""
+    def _serve(self, peer: Duplex, came: bytes, deadline: Deadline) -> None:
         try:
-            while (end := http1.head_end(came, 0)) < 0:
-                data = peer.read(timeout=deadline.left())
-                if not data:
-                    return
-                came += data
+            end = http1.head_end(came)
             head = http1.parse_request(came[:end])
             answer = self._answer(head.method, http1.hostname(head), http1.origin_target(head))
             is_head = head.method == "HEAD"

@@ -14,7 +14,7 @@ waits for the next one would hold a thread. Methods are GET and HEAD, with condi
 and one byte range (§14); a request for several ranges gets the whole file, as §14.2 allows.
 
 Every program of this machine can connect to the port. So a connection gets a thread only with a
-whole head (Arrivals), and no program can hold the threads that the tunnel's requests need.
+whole head (common/arrivals.py), and no program can hold those that the tunnel's requests need.
 
 Threads:
 
@@ -51,12 +51,12 @@ from urllib.parse import quote, unquote_to_bytes
 
 from gotunnel import Waker, spawn
 
+from ..common.arrivals import Address, Arrivals, has_head
 from ..common.one_line import on_one_line
 from ..common.process import Stopped, Workers
 
 log = logging.getLogger("gotunnel.folder")
 
-Address = tuple[str, int]
 LOOPBACK = "127.0.0.1"
 BACKLOG = 128  # connections that wait to be accepted
 MOST_SENT = 256  # answers at a time, each with a thread; further requests wait for a thread
@@ -64,9 +64,6 @@ MOST_SENT = 256  # answers at a time, each with a thread; further requests wait 
 # most likely gone.
 MOST_WAITED = 20
 HEAD_TIMEOUT = 10  # seconds for the head of a request, which the gateway sends whole
-# Connections whose head has not come whole. Of more, the oldest is closed: a request of the tunnel
-# comes at once.
-MOST_ARRIVING = 256
 MOST_HEAD = 128 * 1024  # bytes of a head; the gateway passes on 64 KiB, and adds a few fields
 # Seconds without progress in an answer. Longer than the agent's stall_timeout may be, so that the
 # agent decides, and says why.
@@ -74,7 +71,6 @@ SEND_TIMEOUT = 24 * 3600
 # A request's body is not wanted. So much of it is read, and so long, before the connection is
 # closed: with unread bytes the kernel would send a reset, and the answer could be lost.
 MOST_DRAINED, DRAIN_TIME = 1024 * 1024, 2
-ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor for a connection
 LAST_WORDS = 1  # seconds that the threads have to end
 MOST_LISTED = 10_000  # entries of a folder on its page
 # The page of a large folder takes 0.1 s of CPU time and a megabyte: a few visitors that reload it
@@ -320,77 +316,6 @@ class _Listing:
         self.page, self.ends = b"", 0.0
 
 
-class Arrivals:
-    """Connections whose head has not come whole yet. One thread."""
-
-    def __init__(
-        self,
-        selector: selectors.BaseSelector,
-        pass_on: Callable[[socket.socket, Address, bytes], object],
-    ):
-        """``selector`` watches them for the caller, who calls read(). ``pass_on(sock, address,
-        head)`` gets each one with its head, and perhaps bytes behind it."""
-        self._selector, self._pass_on = selector, pass_on
-        self._waiting: dict[socket.socket, _Arrival] = {}  # the oldest first
-
-    def add(self, sock: socket.socket, address: Address) -> None:
-        sock.setblocking(False)
-        if len(self._waiting) >= MOST_ARRIVING:
-            self._end(next(iter(self._waiting)))
-        self._waiting[sock] = _Arrival(address, monotonic() + HEAD_TIMEOUT)
-        self._selector.register(sock, selectors.EVENT_READ)
-
-    def read(self, sock: object) -> None:
-        """Take what has come from ``sock``, if it is one of these connections."""
-        if not isinstance(sock, socket.socket) or (arrival := self._waiting.get(sock)) is None:
-            return
-        try:
-            data = sock.recv(MOST_HEAD)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        searched = max(0, len(arrival.head) - 3)
-        arrival.head += data
-        if arrival.head.find(b"\r\n\r\n", searched) >= 0:
-            self._forget(sock)
-            self._pass_on(sock, arrival.address, bytes(arrival.head))
-        elif not data or len(arrival.head) > MOST_HEAD:
-            self._end(sock)
-
-    def left(self) -> float | None:
-        """Seconds until end_late() has something to do; None if there is no connection."""
-        for arrival in self._waiting.values():
-            return max(0.0, arrival.ends - monotonic())
-        return None
-
-    def end_late(self) -> None:
-        now = monotonic()
-        for sock, arrival in list(self._waiting.items()):
-            if arrival.ends > now:
-                break
-            self._end(sock)
-
-    def close(self) -> None:
-        for sock in list(self._waiting):
-            self._end(sock)
-
-    def _forget(self, sock: socket.socket) -> None:
-        self._selector.unregister(sock)
-        del self._waiting[sock]
-
-    def _end(self, sock: socket.socket) -> None:
-        self._forget(sock)
-        sock.close()
-
-
-class _Arrival:
-    def __init__(self, address: Address, ends: float):
-        self.address = address
-        self.ends = ends  # monotonic
-        self.head = bytearray()  # what has come of it
-
-
 class FolderServer:
     """An HTTP server of one folder, on a free port of this machine."""
 
@@ -425,31 +350,16 @@ class FolderServer:
     def _accept_all(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._waker, selectors.EVENT_READ)
-            selector.register(self._listening, selectors.EVENT_READ)
-            with contextlib.closing(Arrivals(selector, self._pass_on)) as arrivals:
+            arrivals = Arrivals(selector, [self._listening], self._pass_on, HEAD_TIMEOUT, MOST_HEAD)
+            with contextlib.closing(arrivals):
                 while not self._stopping:
                     for key, _ in selector.select(arrivals.left()):
-                        if key.fileobj is self._listening:
-                            self._accept(selector, arrivals)
-                        else:
-                            arrivals.read(key.fileobj)
+                        arrivals.take(key.fileobj)
                     arrivals.end_late()
 
-    def _accept(self, selector: selectors.BaseSelector, arrivals: Arrivals) -> None:
-        try:
-            sock, address = self._listening.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # it has left already, or we are out of descriptors
-            log.debug("a connection could not be accepted: %s", error.strerror)
-            selector.unregister(self._listening)
-            selector.select(ACCEPT_PAUSE)
-            selector.register(self._listening, selectors.EVENT_READ)
-            return
-        arrivals.add(sock, address)
-        arrivals.read(sock)  # most often the head is here
-
     def _pass_on(self, sock: socket.socket, address: Address, head: bytes) -> None:
+        if not has_head(head):  # http.server would take it for a whole one
+            return sock.close()
         try:
             self._workers.submit(self._serve, sock, address, head, monotonic())
         except Stopped:

@@ -13,6 +13,7 @@ from http import HTTPStatus
 import pytest
 from support import MIB, TIMEOUT, Wire, wait_until
 
+from gotunnel_agent.common import arrivals
 from gotunnel_agent.quick import folder as folder_module
 from gotunnel_agent.quick.folder import (
     COSTLY,
@@ -552,18 +553,20 @@ def test_connections_whose_head_does_not_come_end(folder, monkeypatch, sent):
             assert wire.read_to_end() == b""
 
 
-def test_endless_head_is_not_kept(server, monkeypatch):
+def test_endless_head_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(folder_module, "HEAD_TIMEOUT", 10 * TIMEOUT)
     monkeypatch.setattr(folder_module, "MOST_HEAD", 1000)
-    with Wire(socket.create_connection(("127.0.0.1", server.port))) as wire:
-        wire.send(b"GET / HTTP/1.1\r\nA: " + b"b" * 1000)
-        with contextlib.suppress(ConnectionResetError):
-            assert wire.read_to_end() == b""
+    with serving(folder) as server:
+        with Wire(socket.create_connection(("127.0.0.1", server.port))) as wire:
+            wire.send(b"GET / HTTP/1.1\r\nA: " + b"b" * 1000)
+            with contextlib.suppress(ConnectionResetError):
+                assert wire.read_to_end() == b""
 
 
 def test_connections_without_a_request_hold_up_no_request(folder, monkeypatch):
     """Any program of this machine may open some, and send a byte now and then."""
     monkeypatch.setattr(folder_module, "MOST_SENT", 2)
-    monkeypatch.setattr(folder_module, "MOST_ARRIVING", 4)
+    monkeypatch.setattr(arrivals, "MOST", 4)
     with serving(folder) as server, contextlib.ExitStack() as stack:
         others = []
         for _ in range(6):

@@ -250,7 +250,7 @@ def test_names_belong_to_gateway_kind_target_and_folder(tmp_path, monkeypatch):
         if server is not None:
             server.close()
         account = commands.home.account()
-        account = commands.replace(account, tunnel_host=gateway)
+        account = account._replace(tunnel_host=gateway)
         return commands.labels_of(account, words[0], target, options)._key
 
     keys = [
