@@ -245,7 +245,7 @@ def look_at_descriptors(max_connections: int) -> Finding:
 
 
 def look_at_cluster(settings: Settings) -> Iterable[Finding]:
-    """Whether Redis can be used. Nothing is written there."""
+    """Whether Redis can be used. A key is written there, for a second."""
     # Loaded here: it needs the package redis.
     engine = import_module("gotunnel_server.cluster.engine").Engine(settings)
     try:
@@ -256,12 +256,16 @@ def look_at_cluster(settings: Settings) -> Iterable[Finding]:
             yield Finding(WARN, "CLUSTER", "that is slow: a lease is renewed every second, and "
                           "lasts 4 seconds; take a server that is nearer")  # fmt: skip
         yield from (Finding(WARN, "CLUSTER", text) for text in engine.flaws())
+        engine.try_out(settings.name)
         yield look_at_cluster_key(settings, engine.call)
     except OSError as error:
+        text = error.strerror or str(error)
         remedy = "correct CLUSTER or CLUSTER_PASSWORD, or start the server"
-        if "certificate" in str(error):
+        if "certificate" in text:
             remedy = "CLUSTER must name the server as its certificate does, CLUSTER_CA_FILE its CA"
-        yield Finding(FAIL, "CLUSTER", f"{error}: {remedy}")
+        elif "permissions" in text or "ommand" in text:
+            remedy = "docs/cluster.md has the rights and commands that a gateway needs"
+        yield Finding(FAIL, "CLUSTER", f"{text}: {remedy}")
         return
     finally:
         engine.close()

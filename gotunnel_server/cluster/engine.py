@@ -4,7 +4,7 @@ A command is sent once. If it fails, its caller hears of it (Away) and decides: 
 given up may still arrive there, so nothing is ever repeated here. Waits are short and bounded: a
 member without the board has to act within its lease. So are answers (bounded.py).
 
-No password gets into an error: redis-py puts none there, and the URL is never shown.
+No password gets into an error: the URL is never shown, and what a server quotes is taken out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from redis.exceptions import (
     NoScriptError,
     RedisClusterException,
     RedisError,
+    ResponseError,
 )
 from redis.retry import Retry
 from redis.sentinel import Sentinel
@@ -96,7 +97,7 @@ class Engine:
     ) -> None:
         """Call ``on_message(data)`` with each message of these channels, until ``over`` is set.
         Never raises; messages get lost while there is no connection."""
-        delay = BACKOFF
+        delay, told = BACKOFF, ""
         while not over.is_set():
             try:
                 with self._translated():
@@ -109,7 +110,11 @@ class Engine:
             except Away as error:
                 if over.is_set():
                     return
-                log.debug("messages of other gateways: %s; tried again in %g s", error, delay)
+                # That Redis is away says members.py, once for all.
+                is_news = isinstance(error, Refuses) and told != str(error)
+                told = str(error) if is_news else told
+                log.log(logging.WARNING if is_news else logging.DEBUG, "messages of other gateways "
+                        "are not heard: %s; tried again in %g s", error, delay)  # fmt: skip
             over.wait(delay)
             delay = min(2 * delay, MOST_BACKOFF)
 
@@ -162,6 +167,15 @@ class Engine:
             )
         if self._facts("replication").get("role", "master") != "master":
             yield "this server is a replica, which cannot be written to: name the master"
+
+    def try_out(self, name: str) -> None:
+        """Do once what a gateway does: run a script that writes, for a second, and send and hear a
+        message. Raises Away."""
+        self.run(TRIAL, [f"{{{name}}}:check"], [])
+        self.call("PUBLISH", f"{{{name}}}:check", "{}")
+        with self._translated(), contextlib.closing(self._connected().pubsub()) as line:
+            line.subscribe(f"{{{name}}}:check")
+            line.get_message(timeout=ANSWER_TIMEOUT)
 
     def _facts(self, section: str) -> dict[str, str]:
         """What INFO says. Raises Away."""
@@ -265,17 +279,25 @@ class Engine:
         except Away:
             raise
         except (RedisError, RedisClusterException, OSError, ValueError) as error:
-            raise Away(f"Redis at {self._address}: {_words(error)}") from None
+            raise self._away(_words(error), refuses=isinstance(error, ResponseError)) from None
         except STUMBLES as error:
-            raise Away(
-                f"Redis at {self._address}: an answer that is none of Redis's "
-                f"({on_one_line(str(error), MOST_ERROR)})"
-            ) from None
+            words = f"an answer that is none of Redis's ({on_one_line(str(error), MOST_ERROR)})"
+            raise self._away(words) from None
+
+    def _away(self, words: str, refuses: bool = False) -> Away:
+        if self._address.password:  # a server may quote what it got
+            words = words.replace(self._address.password, "...")
+        return (Refuses if refuses else Away)(f"Redis at {self._address}: {words}")
+
+
+class Refuses(Away):
+    """Redis answers, and does not do it: a command or a right is missing, for example."""
 
 
 # Where the words of an error end, and what is for programmers begins: redis-py's own objects behind
-# "No master found for 'NAME'", and the digest and the line of a script behind Redis's answer to it.
-_ITS_OWN = re.compile(r" : <redis\.|\.? script: [0-9a-f]{40}")
+# "No master found for 'NAME'", the digest and the line of a script behind Redis's answer to it, and
+# what an unknown command came with: a password, if it is AUTH.
+_ITS_OWN = re.compile(r" : <redis\.|\.? script: [0-9a-f]{40}|, with args beginning with")
 
 
 def _words(error: Exception) -> str:
@@ -299,3 +321,10 @@ class Script:
     def __init__(self, text: str):
         self.text = text
         self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+# KEYS: one that nothing else uses.
+TRIAL = Script("""
+redis.call('TIME')
+return redis.call('SET', KEYS[1], '', 'PX', 1000)
+""")

@@ -197,6 +197,56 @@ def test_passwords(connect):
             assert "hunter2" not in str(caught.value) and "wrong-password" not in str(caught.value)
 
 
+def test_a_password_that_a_server_quotes_is_not_told(connect):
+    with redis_process('rename-command AUTH ""') as server:
+        with pytest.raises(Away, match="unknown command 'AUTH'$"):
+            connect(server.url, password="hunter2").call("PING")
+    with answering(lambda: [b"-ERR what is hunter2?\r\n"]) as url:
+        with pytest.raises(Away, match="what is [.]{3}[?]$"):
+            connect(url, password="hunter2").call("PING")
+
+
+@pytest.mark.parametrize(
+    "rules, lacking",
+    [
+        ("+@all", None),
+        ("+@all -@scripting", "permissions to run the 'evalsha' command"),
+        ("+@all -time", "can't run this command|permissions"),
+        ("+@all resetchannels", "permissions to access one of the channels"),
+        ("+@all -subscribe", "permissions to run the 'subscribe' command"),
+        ("+@all resetkeys %R~*", "permissions to access one of the keys"),
+    ],
+)
+def test_what_a_gateway_may_not_do_is_found_by_a_trial(redis_server, connect, rules, lacking):
+    user = "ACL SETUSER me reset on >hunter2 ~{gotunnel}* &{gotunnel}*".split()
+    redis_server.call(*user, *rules.split())
+    engine = connect(redis_server.url, user="me", password="hunter2")
+    if lacking is None:
+        engine.try_out("gotunnel")
+    else:
+        with pytest.raises(Away, match=lacking):
+            engine.try_out("gotunnel")
+
+
+def test_that_messages_may_not_be_heard_is_said_once(redis_server, connect, caplog, monkeypatch):
+    monkeypatch.setattr(module, "MOST_BACKOFF", 0.01)
+    monkeypatch.setattr(module, "BACKOFF", 0.01)
+    caplog.set_level("DEBUG", "gotunnel.engine")
+    redis_server.call(*"ACL SETUSER me reset on >hunter2 ~* +@all".split())
+    engine = connect(redis_server.url, user="me", password="hunter2")
+    over = threading.Event()
+    life = threading.Thread(target=engine.hear, args=(["one"], lambda data: None, over))
+    life.start()
+    try:
+        wait_until(lambda: len(caplog.records) > 3)
+    finally:
+        over.set()
+        life.join(10)
+    levels = [record.levelname for record in caplog.records]
+    assert levels[0] == "WARNING" and {*levels[1:]} == {"DEBUG"}
+    assert caplog.messages[0].startswith("messages of other gateways are not heard: Redis at ")
+
+
 def test_messages_are_heard_and_heard_again(redis_server, connect):
     engine, over, heard = connect(redis_server.url), threading.Event(), []
     ready = threading.Semaphore(0)
@@ -240,6 +290,7 @@ def test_what_check_says_of_a_server(redis_server, connect):
             "command not allowed when used memory > 'maxmemory'",
         ),
         ("Authentication required.", "Authentication required"),
+        ("unknown command 'AUTH', with args beginning with: 'me' 'x' ", "unknown command 'AUTH'"),
     ],
 )
 def test_what_redis_says_is_told_without_the_words_for_programmers(said, told):
