@@ -822,6 +822,8 @@ class Mux:
         payload; then one frame of each stream in turn (round robin)."""
         parts: list[BytesLike] = []
         served: list[int] = []
+        if not (self._rotation or self._updates or self._control or self._replies or self._ping):
+            return b"", served
         size = payload = 0
         for queue in (self._replies, self._control):
             while queue and size < limit:
@@ -842,10 +844,18 @@ class Mux:
                 continue
             if flow.queued:
                 length = min(flow.queued, FRAME_SHARED if self._rotation else FRAME_ALONE)
-                self._pull_frame(flow, length, parts)
+                parts.append(HEADER.pack(VERSION, DATA, 0, flow.id, length))
+                flow.queued -= length
                 payload += length
                 size += HEADER_SIZE + length
                 served.append(flow.id)
+                while length:  # a frame joins payloads that were queued by several sends
+                    piece = flow.queue.popleft()
+                    if len(piece) > length:
+                        piece, rest = memoryview(piece)[:length], memoryview(piece)[length:]
+                        flow.queue.appendleft(rest)
+                    parts.append(piece)
+                    length -= len(piece)
             if flow.queued:
                 self._rotate(flow)
                 continue
@@ -858,24 +868,9 @@ class Mux:
                 size += HEADER_SIZE
             if flow.cutting or flow.sent_fin and flow.got_fin:
                 self._end_flow(flow)
-        if not parts:
-            return b"", served
         self._count_queued(-payload)
         self._wasted -= len(served)
         return b"".join(parts), served
-
-    def _pull_frame(self, flow: _Flow, length: int, parts: list[BytesLike]) -> None:
-        """Move one DATA frame to ``parts``; it joins payloads that were queued by several sends."""
-        parts.append(HEADER.pack(VERSION, DATA, 0, flow.id, length))
-        flow.queued -= length
-        while length:
-            payload = flow.queue.popleft()
-            if (size := len(payload)) > length:
-                payload = memoryview(payload)
-                flow.queue.appendleft(payload[length:])
-                payload, size = payload[:length], length
-            parts.append(payload)
-            length -= size
 
     def _rotate(self, flow: _Flow) -> None:
         flow.in_rotation = True
@@ -2042,6 +2037,10 @@ class Session:
         if self._waker is not None:
             self._waker.wake()
 
+    def flush(self) -> None:
+        """Send what was queued by Stream.offer(), of all streams."""
+        self._sender.flush()
+
     # Timers
 
     def call_later(self, delay: float, function: Callback) -> None:
@@ -2162,7 +2161,7 @@ class Stream:
     """
 
     __slots__ = (
-        "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender",
+        "id", "refused", "_silent", "session", "_mux", "_streams", "_sender",
         "_lock", "_readable", "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin",
         "_discarding", "_error", "_on_payload", "_on_death", "_at_rest", "_known", "__weakref__",
     )  # fmt: skip
@@ -2171,7 +2170,7 @@ class Stream:
         self.id = stream_id
         self.refused = False  # the peer reset it with REFUSED, and had sent no payload
         self._silent = True  # no payload has come
-        self._session = session
+        self.session = session
         self._mux, self._streams = session._mux, session._streams
         self._sender = session._sender
         self._lock = session._lock  # guards all below
@@ -2232,10 +2231,6 @@ class Stream:
         if dead:
             function()
 
-    def call_later(self, delay: float, function: Callback) -> None:
-        """As Session.call_later()."""
-        self._session.call_later(delay, function)
-
     @property
     def is_dead(self) -> bool:
         """Whether it was reset, or its session has ended. There may be unread payload."""
@@ -2245,11 +2240,6 @@ class Stream:
     def window(self) -> int:
         """The receive window in bytes; 0 once the stream is over."""
         return self._mux.window(self.id) if self._known else 0
-
-    @property
-    def stall_timeout(self) -> float:
-        """Seconds without credit from the peer after which write() resets the stream."""
-        return self._session.stall_timeout
 
     @property
     def quiet(self) -> bool:
@@ -2369,15 +2359,15 @@ class Stream:
             except TimeoutError:
                 if timeout is not None:
                     raise
-                stalled = self._session.stall_timeout
+                stalled = self.session.stall_timeout
                 text = f"the stream was reset: the peer read nothing of it for {stalled:g} s"
-                log.info("session with %s: stream %d: %s", self._session.name, self.id, text)
+                log.info("session with %s: stream %d: %s", self.session.name, self.id, text)
                 self.reset(text)
                 raise StreamReset(text) from None
 
     def _write_some(self, data: BytesLike, timeout: float | None) -> BytesLike:
         """Queue what the window permits, and return the rest."""
-        session, mux, sender = self._session, self._mux, self._sender
+        session, mux, sender = self.session, self._mux, self._sender
         left: float | None = session.stall_timeout if timeout is None else timeout
         with self._lock:
             try:
@@ -2407,6 +2397,16 @@ class Stream:
             batch = sender.take()
         sender.send(batch)
         return data
+
+    def offer(self, data: BytesLike) -> bool:
+        """Queue ``data``, without waiting, if the peer's window has room for all of it; else False.
+        It leaves with Session.flush(). Only while no other thread is in write()."""
+        with self._lock:
+            over = self._error is not None or self.session._closing or self._sent_fin
+            if over or self._mux.room(self.id) < len(data):
+                return False
+            self._mux.send(self.id, data)
+            return True
 
     def finish(self) -> None:
         """Half-close: no more bytes from us. It never waits, unlike Duplex.finish()."""

@@ -10,6 +10,7 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     accept     1 a session           hands each new data stream a worker    the session ends
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
+    answers    1, from the first on  reads small answers for all of these   stop()
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
     health     1, if wanted          decides which target is checked        stop()
     health_N   CHECKERS at most      check targets, tell the gateway        stop()

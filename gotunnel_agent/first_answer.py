@@ -37,10 +37,16 @@ WANTS_TLS = (
 
 
 class FirstAnswer:
-    """A target as the source of its answer. The first read looks at what has come; from then on
-    reads are those of the target itself, and cost nothing more."""
+    """A target as the source of its answer. The first read looks at what has come; all further ones
+    are ``read_on()``, and cost nothing more."""
 
-    def __init__(self, target: Duplex, tunnel: Tunnel, note_ordinary: Callable[[], object]):
+    def __init__(
+        self,
+        target: Duplex,
+        tunnel: Tunnel,
+        note_ordinary: Callable[[], object],
+        read_on: Callable[[], bytes],
+    ):
         """``note_ordinary()`` is called if the first bytes are those of an ordinary answer."""
         self.read: Callable[[], bytes] = self._read_first
         self.reset, self.cut = target.reset, target.cut
@@ -48,11 +54,12 @@ class FirstAnswer:
         self.odd = b""  # the first bytes, if they are not those of an ordinary answer
         self.silent = False  # the target has ended the connection before its first byte
         self._target = target
+        self._read_on = read_on
         self._note_ordinary = note_ordinary
         self._protocol = tunnel.protocol
 
     def _read_first(self) -> bytes:
-        self.read = self._target.read
+        self.read = self._read_on
         try:
             data = self._target.read()
         except OSError:

@@ -38,6 +38,7 @@ from gotunnel import (
     spawn,
 )
 
+from .answer_reader import Answer, AnswerReader
 from .common import proxy_protocol
 from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
@@ -134,6 +135,7 @@ class Targets:
     def __init__(self) -> None:
         self._open: set[Duplex] = set()
         self._over = False  # reset() was called
+        self.answers = AnswerReader()
         self._failed: Counter[tuple[str, str]] = Counter()  # those that were not reached
         # By hostname: monotonic time of the latest may_tell(), or of an ordinary answer.
         self._told: dict[str, float] = {}
@@ -182,6 +184,7 @@ class Targets:
 
     def reset(self) -> None:
         """Reset all of them, and each that hold() gets from now on."""
+        self.answers.close()
         with self._lock:
             self._over = True
             targets = list(self._open)
@@ -233,7 +236,7 @@ def serve(
         refuse(stream, route, error.refusal)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
-    target.stall_timeout = stream.stall_timeout
+    target.stall_timeout = stream.session.stall_timeout
     target.cut_unless_finished()
     if follower is not None:
         follower.follow(target, tunnel)
@@ -241,9 +244,14 @@ def serve(
     with targets.hold(target):
         try:
             if tunnel.mode == "http" and not relayed:
+                read_on: Callable[[], bytes] = target.read
                 if route.context is None:
                     stream.shortcut(target.offer)
-                answer = FirstAnswer(target, tunnel, lambda: targets.note_ordinary(tunnel.hostname))
+                    if follower is None:  # it would miss what the reader takes
+                        read_on = Answer(target, stream, targets.answers).read
+                answer = FirstAnswer(
+                    target, tunnel, lambda: targets.note_ordinary(tunnel.hostname), read_on
+                )
                 exchange(stream, target, answer)
             elif tunnel.idle_timeout is None:
                 relay(stream, target)
@@ -441,7 +449,7 @@ class Watched:
                 self._moved_at = monotonic()
             left = self._moved_at + self._idle_timeout - monotonic()
         if left > 0:
-            self._stream.call_later(min(left, LONGEST_LOOK), self._look)
+            self._stream.session.call_later(min(left, LONGEST_LOOK), self._look)
         else:
             log.info("%s: a visit ends: no byte for %g s (idle_timeout)",
                      self._hostname, self._idle_timeout)  # fmt: skip

@@ -304,7 +304,7 @@ class Passage:
             raise TimeoutError("no data header came in time")
         elif look == timeout:  # the timer of the first call runs
             return
-        self._stream.call_later(look, self._job.wake)
+        self._stream.session.call_later(look, self._job.wake)
 
     # Copying
 

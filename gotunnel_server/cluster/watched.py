@@ -132,7 +132,7 @@ class Watched:
 
     def _room(self) -> int:
         """Caller holds the lock."""
-        stream, session = self.stream, self.stream._session
+        stream, session = self.stream, self.stream.session
         if stream._error is not None:
             stream._raise_error()
         if session._closing:

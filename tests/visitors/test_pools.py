@@ -286,8 +286,8 @@ def test_a_request_is_sent_to_a_few_agents_at_most(gateway):
 
 def breaks(stream):
     stream.read_exactly(10)
-    stream._session.close()
-    stream._session.join(TIMEOUT)
+    stream.session.close()
+    stream.session.join(TIMEOUT)
 
 
 def closes(stream):
@@ -309,7 +309,7 @@ def test_an_answer_that_has_begun_is_not_begun_again(gateway):
     def script(stream):
         stream.read_exactly(10)
         stream.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
-        stream._session.close()
+        stream.session.close()
 
     with crew(gateway, script, page("b")) as (_, other), gateway.dial(APP) as visitor:
         visitor.send(request())

@@ -202,6 +202,38 @@ def test_reader_gets_what_the_shortcut_does_not_take(taken):
         assert stream.read(timeout=PATIENCE) == b""
 
 
+def test_what_streams_were_offered_leaves_together():
+    with raw_pair() as (peer, session):
+        streams = [accepted(peer, session), accepted(peer, session, 3)]
+        for stream, data in zip(streams, (b"one", b"three"), strict=True):
+            assert stream.offer(data)
+        assert session._account.held == len(b"onethree")
+        session.flush()
+        assert peer.barrier() == [(DATA, 0, 1, 3, b"one"), (DATA, 0, 3, 5, b"three")]
+        assert session._account.held == 0
+
+
+def test_an_offer_is_taken_whole_or_not_at_all():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        stream.write(bytes(INITIAL_WINDOW - 3))
+        assert not stream.offer(b"four")
+        assert stream.offer(b"abc")
+        session.flush()
+        assert b"".join(frame[4] for frame in peer.barrier()).endswith(b"\0abc")
+
+
+@pytest.mark.parametrize("end", ["finish", "reset", "close", None])
+def test_a_stream_that_has_ended_takes_no_offer(end):
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        if end is None:
+            session.close()
+        else:
+            getattr(stream, end)()
+        assert not stream.offer(b"late")
+
+
 def test_large_payload_and_a_busy_reader_take_no_shortcut():
     taken = []
     with with_a_shortcut(taken.append) as (peer, _, stream, reading):
