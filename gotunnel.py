@@ -43,8 +43,7 @@ This file is meant to be read from top to bottom:
     process    what all sessions of the process share: its memory.
 
 A Session works over a Duplex: the TLS connection, of which one thread may read while another one
-writes. Visitors and targets have one too, so it has a file of its own:
-gotunnel_agent/common/duplex.py.
+writes. Visitors and targets have one too: see gotunnel_agent/common/duplex.py.
 
 Importing this file imports no other file of ours and changes nothing in the process. A session has
 one thread, the demultiplexer; its end wakes all callers that wait.
@@ -149,6 +148,7 @@ def unpack_header(data: BytesLike, at: int = 0) -> tuple[int, int, int, int]:
 # Windows. A stream moves at most one window in a round trip: 1 MiB at 50 ms is 20 MB/s.
 INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
 START_WINDOW = 4 * INITIAL_WINDOW  # receive window of new streams once the peer is authenticated
+MUCH_HELD = 16 * START_WINDOW  # with more bytes in a session's buffers, new windows stay initial
 SHARED_WINDOW = 2 * INITIAL_WINDOW  # to which it shrinks beside other busy streams on a near line
 MAX_WINDOW = 64 * 1024 * 1024  # no window grows beyond: 335 MB/s at 200 ms, about what we can do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes that all windows of a session together may grow by
@@ -274,8 +274,7 @@ class Memory:
     for all others, so one that holds much cannot starve one that holds little.
     """
 
-    # Bytes that a session may buffer however little memory is left. Below it, none of its streams
-    # is reset because memory is short.
+    # Bytes that a session may buffer however short memory is; below it, no stream of it is reset.
     FLOOR = START_WINDOW
 
     def __init__(self, machine: int = 1 << 32, lock: AbstractContextManager[Any] = nullcontext()):
@@ -637,7 +636,8 @@ class Mux:
             self._control.append(Header(WINDOW_UPDATE, ACK, stream_id, extra).encode())
 
     def _first_window(self) -> int:
-        return INITIAL_WINDOW if self._account.memory.scarce else self._window
+        slow_readers = self._account.held > MUCH_HELD
+        return INITIAL_WINDOW if slow_readers or self._account.memory.scarce else self._window
 
     def room(self, stream_id: int) -> int:
         """Bytes that send() takes now; 0 once the stream is over, or we have finished it."""

@@ -64,6 +64,12 @@ log = logging.getLogger("gotunnel.target")
 DATA_HEADER_TIMEOUT = 10  # seconds; the gateway sends the header together with the SYN
 DIAL_TIMEOUT = 10  # seconds to connect to a target, its TLS handshake included
 
+# Receive buffer (SO_RCVBUF) for a target on the agent's own machine, in bytes. By itself it grows
+# to megabytes, and for a visitor that reads slowly it stays full, beside the target's own buffer in
+# the same kernel. Hundreds of them exhaust the memory that the kernel has for TCP (tcp_mem), and
+# then it drops packets of the session too.
+NEAR_BUFFER = 128 * 1024
+
 # Seconds for the rest of an answer to reach a gateway that has ended its side of the stream.
 ANSWER_TIMEOUT = 30
 
@@ -303,7 +309,9 @@ def dial(
             return _introduce(Duplex(_connect_unix(target.path, timeout)), first)
         addresses = addresses_of(target.host, target.port)
         deadline = Deadline(timeout)
-        duplex = _introduce(Duplex(connect(addresses, deadline)), first)
+        sock = connect(addresses, deadline)
+        _limit_if_near(sock)
+        duplex = _introduce(Duplex(sock), first)
         if context is not None:
             _start_tls(duplex, context, target.host, deadline)
             if protocol and duplex.protocol != protocol:
@@ -337,6 +345,13 @@ def _advice(code: int) -> str:
     if code in (NOT_YET_VALID, EXPIRED):
         return clock_advice(code, "renew it")
     return OTHER_HOST if code in (OTHER_NAME, OTHER_ADDRESS) else OTHER_CA
+
+
+def _limit_if_near(sock: socket.socket) -> None:
+    """Give the connection a receive buffer of NEAR_BUFFER if both its ends are on this machine."""
+    with contextlib.suppress(OSError):  # the target has left already, as the next call will find
+        if sock.getsockname()[0] == sock.getpeername()[0]:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER)
 
 
 def _introduce(duplex: Duplex, first: bytes) -> Duplex:

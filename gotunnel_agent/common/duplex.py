@@ -60,6 +60,11 @@ OPTIONS_ARE_INHERITED = sys.platform == "linux"
 MORE = getattr(socket, "MSG_MORE", 0)  # send(): more bytes follow at once. Linux only
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
+# Unsent bytes that the kernel takes for a connection. By itself it takes megabytes (tcp_wmem). For
+# hundreds of slow readers that exhausts the memory which it has for TCP (tcp_mem), and then it
+# drops packets of all connections.
+MOST_UNSENT = 128 * 1024
+
 Spend = Callable[[float, int], None]  # see Duplex.write()
 Observer = Callable[[bool, BytesLike], None]  # see Duplex.observed()
 
@@ -73,6 +78,8 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         for option, value in KEEPALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if NOTSENT_LOWAT is not None:  # see limit_unsent()
+            sock.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, MOST_UNSENT)
 
 
 def _waiting(sock: socket.socket, *, writable: bool) -> Callable[[float | None], object]:
@@ -158,8 +165,8 @@ class Duplex:
         return address, port
 
     def limit_unsent(self, count: int) -> None:
-        """Let the kernel buffer only about ``count`` unsent bytes, so that urgent frames do not
-        wait behind megabytes. For TCP, where the system can (TCP_NOTSENT_LOWAT)."""
+        """Let the kernel buffer only about ``count`` unsent bytes, not MOST_UNSENT, so that urgent
+        frames do not wait behind them. For TCP, where the system can (TCP_NOTSENT_LOWAT)."""
         if NOTSENT_LOWAT is not None:
             with contextlib.suppress(OSError):  # AF_UNIX
                 self._socket.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, count)

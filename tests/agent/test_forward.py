@@ -592,7 +592,7 @@ def test_client_for_whom_there_is_no_thread_is_refused(gateway, monkeypatch, cap
 
 def test_answer_is_read_to_its_end_also_after_its_visit_is_over(gateway, origin, monkeypatch):
     """The kernel keeps part of the answer until the client reads."""
-    answer = random.Random(5).randbytes(MIB)
+    answer = random.Random(5).randbytes(MIB // 8)
     with accepting(gateway, monkeypatch) as dial, dial() as client:
         with origin.accept() as target:
             client.finish()

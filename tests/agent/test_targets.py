@@ -324,6 +324,30 @@ def test_unix_socket_whose_backlog_stays_full(gateway, tmp_path, unix, caplog, m
 # Dialling ----------------------------------------------------------------------------------------
 
 
+def receive_buffer(name, sock):
+    """The size that the target's connection gets if ``sock`` calls itself ``name``."""
+    near = types.SimpleNamespace(
+        getsockname=lambda: (name, 0), getpeername=sock.getpeername, setsockopt=sock.setsockopt
+    )
+    target_module._limit_if_near(near)
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+def test_a_target_of_the_same_machine_gets_a_small_receive_buffer(monkeypatch):
+    """For another one, the kernel's own grows with the line."""
+    monkeypatch.setattr(target_module, "NEAR_BUFFER", 10_000)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        with socket.create_connection(listening.getsockname()) as sock:
+            before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            assert receive_buffer("192.0.2.1", sock) == before
+            assert receive_buffer("127.0.0.1", sock) in (10_000, 20_000)  # Linux doubles it
+        port = listening.getsockname()[1]
+        target = target_module.Target("localhost", port)
+        with contextlib.closing(target_module.dial(target, None)) as dialled:
+            size = dialled._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            assert size in (10_000, 20_000)
+
+
 def test_refused_connection_is_a_502_at_once(gateway, tmp_path, caplog, monkeypatch):
     # A wait for this timeout would fail the test.
     monkeypatch.setattr(target_module, "DIAL_TIMEOUT", 10 * TIMEOUT)

@@ -11,7 +11,13 @@ import pytest
 from support import TIMEOUT, reserved_port, wait_until
 
 from gotunnel_agent.common.addresses import counted_by
-from gotunnel_agent.common.duplex import KEEPALIVE, OPTIONS_ARE_INHERITED, Duplex
+from gotunnel_agent.common.duplex import (
+    KEEPALIVE,
+    MOST_UNSENT,
+    NOTSENT_LOWAT,
+    OPTIONS_ARE_INHERITED,
+    Duplex,
+)
 from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
 from gotunnel_server.net.inherited import Inherited
@@ -189,6 +195,7 @@ def test_what_is_accepted_needs_no_tuning(port):
     ]
     asked += [(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)]
     asked += [(socket.IPPROTO_TCP, option, value) for option, value in KEEPALIVE]
+    asked += [(socket.IPPROTO_TCP, NOTSENT_LOWAT, MOST_UNSENT)]
     found = []
 
     def welcome(sock, address, seat):

@@ -73,6 +73,15 @@ def test_offer_takes_no_more_than_the_kernel_does():
             left.offer(b"x")
 
 
+@pytest.mark.skipif(duplex_module.NOTSENT_LOWAT is None, reason="this system has no such limit")
+@pytest.mark.parametrize("transport", ["tcp", "tls"])
+def test_the_kernel_takes_little_for_a_peer_that_reads_nothing(transport):
+    """Hundreds of slow readers would take all the memory that it has for TCP."""
+    with duplex_pair(transport) as (left, right):
+        right._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        assert fill(left) < MIB
+
+
 def test_nothing_there_is_none_and_not_the_end(duplexes):
     left, _ = duplexes
     assert left.receive() is None
@@ -958,6 +967,7 @@ def test_what_did_not_fit_of_a_record_comes_with_what_follows():
     """Alone it is a piece of a few bytes, and the gateway slows a visitor down that sends those."""
     size = 512 * 1024  # the kernel takes it at once, so that more has always come
     with duplex_pair("tls") as (left, right):
+        left.limit_unsent(2 * size)
         left.write(bytes(size), PATIENCE)
         pieces = []
         while sum(pieces) < size:

@@ -705,6 +705,18 @@ def test_windows_begin_small_and_stay_so_while_memory_is_scarce():
     assert grow(mux, MIB) == MIB
 
 
+def test_windows_begin_small_while_the_session_holds_much():
+    account = Account(Memory())
+    mux = Mux(client=False, window=MIB, account=account)
+    hold(account, gotunnel.MUCH_HELD)
+    assert mux.window(mux.open(0)) == MIB
+    hold(account, 1)
+    assert mux.window(mux.open(0)) == INITIAL_WINDOW
+    assert sent(mux)[-1] == (WINDOW_UPDATE, SYN, 4, 0, b"")
+    account.close()
+    assert mux.window(mux.open(0)) == MIB
+
+
 # What payload takes ------------------------------------------------------------------------------
 
 

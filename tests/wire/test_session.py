@@ -1835,6 +1835,7 @@ def test_relay_hears_of_a_dead_stream_while_both_ways_wait_for_the_other_end(mon
 def test_relay_that_ended_well_breaks_nothing_later():
     with raw_pair() as (peer, session), duplex_pair("tcp") as (inner, outer):
         outer._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+        inner.limit_unsent(2 * INITIAL_WINDOW)
         stream = accepted(peer, session)
         done = spawn(relay, stream, inner)
         answer = noise(INITIAL_WINDOW)
