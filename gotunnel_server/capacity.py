@@ -4,6 +4,9 @@ is for files and listening sockets."""
 
 import logging
 import os
+import threading
+
+from gotunnel import spawn
 
 from .net.listener import descriptor_limit
 from .net.shares import Places
@@ -26,6 +29,7 @@ HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXI
 PAGE_CONNECTIONS = 100  # at a time: those pages are for a few people and programs
 # On the port for plain HTTP. With TRUSTED_PROXIES its visitors count towards MAX_CONNECTIONS.
 HTTP_CONNECTIONS = 1000
+OTHER_THREADS = 32  # of a gateway, beside one for each agent: its own, and some for first visits
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
 # Parts of the file descriptors. A visitor takes one descriptor, an agent four.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
@@ -54,6 +58,21 @@ def agents(proxies: Proxies) -> Places:
 def plain(wanted: int, proxies: Proxies) -> Places:
     """For a port without TLS that serves no tunnels."""
     return Places(min(wanted, int(descriptor_limit() * PLAIN_SHARE)), proxies)
+
+
+def try_threads(sessions: int) -> None:
+    """Have the system give the threads of so many agents' sessions, and the other ones, for a
+    moment. A successor without them would take over the ports, and serve nothing. Raises
+    NoThread."""
+    over = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(min(sessions, AGENT_CONNECTIONS) + OTHER_THREADS):
+            threads.append(spawn("trial", over.wait))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def ports() -> int:

@@ -43,8 +43,7 @@ from .watcher import Watcher, Watchers
 
 log = logging.getLogger("gotunnel.gateway")
 
-# Seconds between checks of files. A changed one may be half written: it is read once it has stayed
-# the same for such an interval, within 5 s.
+# Seconds between checks of files. A changed one may be half written: it is read at the next check.
 RELOAD = 2
 LAST_JOBS = 2  # seconds for which stop() waits for a pool's jobs, or a watcher's check
 
@@ -215,9 +214,8 @@ class Gateway:
         """A Port or PublicPort."""
         shared = {"proxies": self._proxies, "timeouts": self._timeouts,
                   "visits": self.recording.visits, "templates": self._templates}  # fmt: skip
-        port = kind(room=room, **shared | rest)
-        self._visitor_ports.append(port)
-        return port
+        self._visitor_ports.append(kind(room=room, **shared | rest))
+        return self._visitor_ports[-1]
 
     def _open_port(self, port, route):
         """Open a public port for an agent's tunnel. Raises PortError."""
@@ -261,10 +259,12 @@ class Gateway:
 
     def estate(self) -> Estate:
         """The state that a successor gets in a hand-over, beside the sockets. Any thread."""
-        return Estate(self._registry.modes(), self._ports.hostnames(), self._challenges.published())
+        modes, ports = self._registry.modes(), self._ports.hostnames()
+        return Estate(modes, ports, self._challenges.published(), len(self.tunnels.shown()))
 
     def inherit(self, estate: Estate) -> None:
-        """Before start(): take over a predecessor's state."""
+        """Before start(): take over a predecessor's state. Raises NoThread."""
+        capacity.try_threads(estate.sessions)
         self._registry.expect(estate.modes)
         self._ports.remember(estate.ports)
         self._challenges.adopt(estate.proofs)

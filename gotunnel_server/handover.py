@@ -58,6 +58,7 @@ class Estate(NamedTuple):
     modes: dict[str, str]  # of hostnames that agents serve now, and will serve again in a moment
     ports: dict[int, str]  # public ports that agents have: the hostname of each
     proofs: tuple[tuple[str, str, str], ...]  # published for a CA: see Challenges.published()
+    sessions: int = 0  # of agents, which will come again in a moment: each takes a thread
 
 
 class Listeners(Protocol):
@@ -374,4 +375,6 @@ def read_estate(fields: object) -> Estate:
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         proofs = tuple((str(a), str(b), str(c)) for a, b, c in fields.get("proofs", ()))
         found = found._replace(proofs=proofs)
+    with contextlib.suppress(ValueError, TypeError):
+        found = found._replace(sessions=int(fields.get("sessions", 0)))
     return found

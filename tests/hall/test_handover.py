@@ -23,6 +23,7 @@ from support import (
     TIMEOUT,
     TUNNEL_HOST,
     Wire,
+    agent_here,
     agent_process,
     answer,
     fields_of,
@@ -37,7 +38,9 @@ from support import (
     wait_until,
 )
 
+from gotunnel import NoThread
 from gotunnel_agent.common.status_socket import NoAnswer, ask
+from gotunnel_server import capacity
 from gotunnel_server import handover as handover_module
 from gotunnel_server.handover import Failed, HandOver, Predecessor, find_predecessor
 
@@ -192,7 +195,7 @@ def test_a_successor_gets_sockets_names_and_estate(gateway, tmp_path):
         ("TUNNEL_PORT", gateway.tunnel_port),
     ]
     estate["estate"].pop("modes")  # what other tests' gateways served, whose cache this is
-    assert estate == {"estate": {"ports": {}, "proofs": []}}
+    assert estate == {"estate": {"ports": {}, "proofs": [], "sessions": 0}}
     assert {"KEPT", "WATCHDOG_USEC"} < set(environment)
     assert not {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID"} & set(environment)
 
@@ -228,10 +231,38 @@ def test_a_successor_shows_what_its_predecessor_proves_to_a_ca(cache):
 
 
 @pytest.mark.parametrize(
-    "fields", [None, [], {}, {"ports": None}, {"proofs": [["a"]]}, {"ports": {"x": "y"}}]
+    "fields",
+    [None, [], {}, {"ports": None}, {"proofs": [["a"]]}, {"ports": {"x": "y"}}, {"sessions": "x"}],
 )
 def test_an_estate_of_another_version_gives_what_can_be_read(fields):
     assert handover_module.read_estate(fields) == handover_module.Estate({}, {}, ())
+
+
+def test_a_successor_without_threads_for_its_agents_does_not_take_over(
+    cache, tmp_path, origin, monkeypatch
+):
+    start, started = threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name == "trial":
+            if len(started) == capacity.OTHER_THREADS:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    with gateway_here(cache) as old, gateway_here(cache) as new:
+        empty = old.inner.estate()
+        with agent_here(old, tmp_path, http={APP: origin.port}):
+            estate = json.loads(json.dumps(old.inner.estate()._asdict()))
+            assert estate["sessions"] == 1
+            with monkeypatch.context() as shortage:
+                shortage.setattr(threading.Thread, "start", refuse)
+                with pytest.raises(NoThread, match="ulimit -u"):
+                    new.inner.inherit(handover_module.read_estate(estate))
+                assert not any(thread.is_alive() for thread in started)
+                started.clear()
+                new.inner.inherit(empty)  # there are enough without the agent
+        assert not any(thread.is_alive() for thread in started)
 
 
 # The programs ------------------------------------------------------------------------------------
