@@ -21,6 +21,8 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 from gotunnel import (
@@ -573,7 +575,12 @@ def _credential(document: Mapping[str, object]) -> tuple[str, str, tuple[str, st
     else:
         text = _text(document, key, "text", secret=True)
         credential = _checked_credential(key, text.rstrip("\r\n"))  # a YAML block ends with one
-    return (credential, "", file) if key.startswith("jwt_secret") else ("", credential, file)
+    if key.startswith("token"):
+        return "", credential, file
+    if find_spec("jwt") is None:  # registering.py loads it when it signs a token
+        packages = import_module(f"{__package__}.common.packages")
+        raise ConfigError(packages.explain(packages.faults(packages.AGENT)))
+    return credential, "", file
 
 
 def _credential_of(key: str, path: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from time import time
 from typing import NamedTuple
-
-import jwt
 
 from gotunnel import (
     ANY_PORT,
@@ -182,11 +181,15 @@ def url_of(text: str) -> str:
 
 def make_token(secret: str, issuer: str, lifetime: int) -> str:
     """A JWT as Go agents send it: HS256, with iss, iat and exp. ``lifetime`` is in seconds."""
+    # Loaded here, as an agent that was given a token has no use for it: PyJWT takes 3 MB, and 13 MB
+    # where cryptography is installed.
+    jwt = import_module("jwt")
     now = int(time())
     # PyJWT warns of a shorter secret, which only the gateway's operator can change. HMAC pads it
     # with zeros anyway (RFC 2104 §2), so the signature is the same.
     key = secret.encode().ljust(LEAST_KEY, b"\0")
-    return jwt.encode({"iss": issuer, "iat": now, "exp": now + lifetime}, key, "HS256")
+    made: str = jwt.encode({"iss": issuer, "iat": now, "exp": now + lifetime}, key, "HS256")
+    return made
 
 
 def new_instance() -> str:

@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import yaml
 from support import ROOT, SECRET
 
 from gotunnel_agent.common import packages
@@ -150,6 +152,17 @@ def test_an_agent_without_its_packages_says_so_in_one_line(tmp_path):
     status, _, error = run("gotunnel_agent", folder=tmp_path, options=["-S"])
     assert (status, error.count("\n")) == (2, 1)
     assert error.startswith("gotunnel-agent: PyJWT is missing, expected >=2.4,!=2.10.0; PyYAML is ")
+
+
+def test_only_an_agent_that_signs_its_tokens_needs_pyjwt(tmp_path):
+    (tmp_path / "yaml").symlink_to(Path(yaml.__file__).parent)
+    for name, key in (("a.yaml", "jwt_secret"), ("b.yaml", "token")):
+        (tmp_path / name).write_text(f"{{tunnel_addr: 'a:1', {key}: x.y.z, tunnels: 1}}")
+    status, _, error = run("gotunnel_agent", "-c", "a.yaml", folder=tmp_path, options=["-S"])
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith("gotunnel-agent: a.yaml: PyJWT is missing, expected >=2.4,!=2.10.0; ")
+    status, _, error = run("gotunnel_agent", "-c", "b.yaml", folder=tmp_path, options=["-S"])
+    assert status == 2 and "tunnels" in error
 
 
 def test_an_error_of_our_own_is_not_taken_for_a_missing_package(tmp_path):
