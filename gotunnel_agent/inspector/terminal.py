@@ -575,7 +575,7 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def an_id(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < len(text) < 16):
+    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text)):
         raise argparse.ArgumentTypeError(f"{text!a} is no number of a visit")
     return int(text)
 

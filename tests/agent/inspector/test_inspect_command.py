@@ -234,6 +234,7 @@ def test_all_visits_are_forgotten(running, capsys):
         (["replay", "2", "-H", "no colon"], "is no field such as"),
         (["show", "-1"], "ID"),
         (["show", "x"], "is no number of a visit"),
+        (["show", "0"], "is no number of a visit"),
         (["shwo", "2"], "invalid choice"),
         (["--at", "1", "list"], "--at: '1' came, expected the port of an inspector that runs here"),
         (["--at", "http://127.0.0.1:4040/"], "a URL without ?token= came"),
