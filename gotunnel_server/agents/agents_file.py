@@ -271,7 +271,13 @@ def _changing(path: Path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
                 f"its folder cannot be opened ({error.strerror}), expected one that exists"
             ) from None
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            except OSError as error:  # some network drives have no locks
+                raise AgentsFileError(
+                    f"its folder cannot be locked ({error.strerror}), so another command could "
+                    "change it meanwhile: put it on another file system, or edit it by hand"
+                ) from None
             if os.path.lexists(path):
                 text = _text(path, MAX_FILE)
                 yield text, ({} if _parse(text) is None else _agents(text, path).entries)

@@ -1,5 +1,6 @@
 """AGENTS_FILE: what it may say, the one line for what it may not, and how it is changed."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -351,6 +352,18 @@ def test_changed_file_stays_its_owners(path):
     os.chown(path, 12345, 54321)
     agents_file.add(path, "new", block("new"))
     assert (path.stat().st_uid, path.stat().st_gid) == (12345, 54321)
+
+
+def test_file_system_without_locks_is_named(path, monkeypatch):
+    """Some network drives. Two commands at once could lose an agent."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(agents_file.fcntl, "flock", refuse)
+    message = refusal(path, lambda path: agents_file.add(path, "new", block("new")))
+    assert message.startswith("its folder cannot be locked (No locks available)")
+    assert not path.exists()
 
 
 def test_what_a_link_leads_to_is_changed(path):
