@@ -9,7 +9,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from gotunnel_agent.common.process import Workers
+from gotunnel import call_logged
+from gotunnel_agent.common.process import Stopped, Workers
 
 from .shares import PARTS
 
@@ -45,36 +46,66 @@ class RoundRobin:
 
 
 class FairWorkers:
-    """A bounded pool of threads whose jobs take turns by key. Any thread."""
+    """A bounded pool of threads whose jobs take turns by key. Any thread.
+
+    A thread that has done a job takes the next one by itself. So while all threads work, a job that
+    comes wakes none of them.
+    """
 
     def __init__(self, most: int, name: str):
         """Parameters as for Workers."""
+        self._most = most
         self._workers = Workers(most, name)
-        self.prepare, self.shutdown = self._workers.prepare, self._workers.shutdown
+        self.prepare = self._workers.prepare
+        self._lock = threading.Lock()  # guards all below
         self._waiting = RoundRobin()
-        self._lock = threading.Lock()  # guards _waiting: one item for each job in the pool
+        self._count = 0  # jobs in it
+        self._working = 0  # threads that take jobs out of it, with those that were woken to do so
+        self._woken = 0  # threads that have not taken their first job yet
+        self._over = False  # shutdown() was called
 
     @property
     def crowded(self) -> bool:
-        """Whether a job waits for a thread."""
-        return self._workers.crowded
+        """Whether a job waits for a thread. Read without the lock, so it may be a moment old."""
+        return self._count > self._woken
 
     @property
     def waiting(self) -> int:
-        """How many jobs wait for a thread. Read without a lock."""
-        return self._workers.waiting
+        """How many jobs wait for a thread. Read without the lock, too."""
+        return max(0, self._count - self._woken)
 
     def submit(self, function: Callable[[], object], key: Hashable = None) -> None:
         """Have a thread call ``function`` when ``key`` has its turn. Raises Stopped after
         shutdown()."""
         with self._lock:
-            self._workers.submit(self._take_turn)
+            if self._over:
+                raise Stopped("the pool of threads has been shut down")
             self._waiting.put((key,), function)
+            self._count += 1
+            if self._working < self._most:
+                self._working += 1
+                self._woken += 1
+                self._workers.submit(self._work)
 
-    def _take_turn(self) -> None:
+    def shutdown(self, timeout: float) -> bool:
+        """As Workers.shutdown()."""
         with self._lock:
-            function = self._waiting.pop()
-        function()
+            self._over = True
+        return self._workers.shutdown(timeout)
+
+    def _work(self) -> None:
+        """Do jobs until none waits."""
+        is_first = True
+        while True:
+            with self._lock:
+                self._woken -= is_first
+                if not self._count:
+                    self._working -= 1
+                    return
+                self._count -= 1
+                function = self._waiting.pop()
+            is_first = False
+            call_logged(function)
 
 
 class Gate:

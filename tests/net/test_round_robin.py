@@ -46,6 +46,37 @@ def test_a_job_waits_for_one_of_each_other_key():
     assert not workers._waiting
 
 
+def test_a_job_that_comes_while_all_threads_work_is_done_by_the_next_that_is_free(caplog):
+    workers, begun, goes_on = FairWorkers(1, "test"), threading.Event(), threading.Event()
+    threads, last = [], threading.Event()
+
+    def first():
+        threads.append(threading.current_thread())
+        begun.set()
+        goes_on.wait(TIMEOUT)
+        raise ValueError("a bug")
+
+    def second():
+        threads.append(threading.current_thread())
+        last.set()
+
+    workers.submit(first)
+    assert begun.wait(TIMEOUT)
+    assert not workers.waiting
+    workers.submit(second)
+    assert (workers.waiting, workers.crowded) == (1, True)
+    goes_on.set()
+    assert last.wait(TIMEOUT)
+    assert len(set(threads)) == 1
+    assert "a bug" in caplog.text
+    wait_until(lambda: not workers._working)
+    assert (workers.waiting, workers.crowded) == (0, False)
+    last.clear()
+    workers.submit(second)
+    assert last.wait(TIMEOUT)
+    assert workers.shutdown(TIMEOUT)
+
+
 def test_keys_of_one_group_share_its_turn():
     turns = RoundRobin()
     for number in range(3):
