@@ -111,6 +111,7 @@ class Duplex:
         if not tuned:
             tune(sock)
         self._socket = sock
+        self.fileno = sock.fileno  # fileno()
         self._unread = b""  # given back by unread(), or read before TLS began
         self._at_end = False  # the reader has seen the peer's half-close
         self._tls_at_end = False  # TLS has read it; the reader may have payload before it to read
@@ -136,9 +137,6 @@ class Duplex:
         self._wait_to_read: Callable[[float | None], object] | None = None  # made when first needed
         self._wait_to_write: Callable[[float | None], object] | None = None
         self.stall_timeout: float = STALL_TIMEOUT  # the default timeout of write() and finish()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     @property
     def plain(self) -> bool:
@@ -190,7 +188,7 @@ class Duplex:
     @property
     def protocol(self) -> str | None:
         """The protocol that the handshake has chosen by ALPN, None without one."""
-        return None if self._tls is None else self._tls.selected_alpn_protocol()
+        return None if self._records is None else self._records.selected_alpn_protocol()
 
     def handshake(self, hold_ticket: bool = False) -> bool:
         """Go on with the handshake, with at most one read; False if it needs more from the peer,
@@ -353,7 +351,10 @@ class Duplex:
         if self._tls_holds or self._early or self._tls_at_end:
             held = self._open_records(view, 0)
             # A few bytes that did not fit last time: read on behind them, as a piece has its price.
-            if self._tls_at_end or held > min(TLS_RECORD // 2, len(view) - TLS_RECORD):
+            # Not behind a first request that came with the end of the handshake: that is all.
+            is_first = held and self._no_payload
+            if self._tls_at_end or is_first or held > min(TLS_RECORD // 2, len(view) - TLS_RECORD):
+                self._no_payload = 0
                 return held
             view = view[held:]
         came = self._receive_plain_into(view)
@@ -446,12 +447,16 @@ class Duplex:
         return data
 
     def drop(self) -> int | None:
-        """Throw away what has come, without decrypting it: a number of bytes, 0 at the end, None if
-        nothing has come. From now on only the end of the connection can be read."""
+        """Throw away what has come, without decrypting it: a number of bytes, 0 at the end or after
+        a reset, None if nothing has come. From now on only the end of the connection can be read.
+        """
         if self._at_end or self._tls_at_end:
             return 0
         self._unread, self._tls_holds = b"", False
-        data = self._receive_plain(READ_SIZE)
+        try:
+            data = self._receive_plain(READ_SIZE)
+        except ConnectionResetError:  # many visitors do so with our close_notify unread
+            return 0
         return None if data is None else len(data)
 
     def unread(self, data: bytes) -> None:

@@ -337,6 +337,17 @@ def test_an_end_that_was_read_before_is_an_end_when_the_rest_is_dropped(duplexes
     assert left.drop() == 0
 
 
+def test_a_reset_is_an_end_for_what_is_dropped():
+    with duplex_pair("tcp") as (left, right):
+        right.write(b"more")
+        left.wait_readable(PATIENCE)
+        right.reset()
+        right.close()
+        while (came := left.drop()) != 0:
+            if came is None:
+                left.wait_readable(PATIENCE)
+
+
 def test_close_is_an_end_for_the_peer(duplexes):
     left, right = duplexes
     left.write(b"last words")
@@ -617,6 +628,31 @@ def test_a_session_ticket_leaves_with_the_first_answer_if_no_peer_waits_for_it(v
             client.wait_readable(0.01)
         server.write(b"answer")
         assert client.read(timeout=PATIENCE) == b"answer"
+
+
+def test_what_came_with_the_end_of_the_handshake_is_read_without_asking_the_socket(monkeypatch):
+    with duplex_pair("tcp") as (client, server):
+        client_context, server_context = tls_contexts()
+        client.start_tls(client_context, server_side=False, server_hostname="localhost")
+        server.start_tls(server_context, server_side=True)
+        assert not client.handshake()  # the ClientHello is sent
+        assert not server.handshake()  # it has no bytes from before TLS
+        server.wait_readable(PATIENCE)
+        assert not server.handshake()
+        client.wait_readable(PATIENCE)
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "_push", lambda: True)  # what is sent waits for more
+            while not client.handshake():
+                client.wait_readable(PATIENCE)
+            client.send(b"request")
+        client.flush()
+        server.wait_readable(PATIENCE)
+        assert server.handshake(hold_ticket=True)
+        monkeypatch.setattr(server, "_receive_plain_into", None)
+        assert server.receive() == b"request"
+        monkeypatch.undo()
+        client.send(b"another")
+        assert server.read(timeout=PATIENCE) == b"another"
 
 
 def test_handshake_times_out():
