@@ -15,7 +15,7 @@ for many visitors and is exempt; once it has named a visitor, that visitor's add
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Hashable
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Shares:
         self._exempt = exempt
         self._parts = parts
         self._taken = 0
-        self._held: Counter[Hashable] = Counter()  # key: places
+        self._held: defaultdict[Hashable, int] = defaultdict(int)  # key: places
         self._lock = threading.Lock()  # guards both
 
     def enter(self, address: str) -> bool:
@@ -86,8 +86,8 @@ class Places:
         self._exempt = exempt
         self._parts = parts
         self._taken = 0
-        self._held: Counter[Hashable] = Counter()  # key: seats
-        self._silent: Counter[Hashable] = Counter()  # key: those of them that have not settled
+        self._held: defaultdict[Hashable, int] = defaultdict(int)  # key: seats
+        self._silent: defaultdict[Hashable, int] = defaultdict(int)  # those not settled
         self._lock = threading.Lock()  # guards these three, and the seats
 
     @property
@@ -97,17 +97,19 @@ class Places:
 
     def take(self, address: str) -> Seat | None:
         """A seat for a new connection; None if its address has no share left."""
+        key = counted_by(address)
         with self._lock:
-            if not self._fits(address, counted_by(address), self.most - self._taken):
+            if not self._fits(address, key, self.most - self._taken):
                 return None
             self._taken += 1
-            return Seat(self, address)
+            return Seat(self, key)
 
     def _fits(self, address: str, key: Hashable, free: int) -> bool:
         """Whether the address may have one of the ``free`` places. Caller holds the lock."""
         if free <= 0:
             return False
-        fits = SILENT_PARTS * self._silent[key] < free and self._parts * self._held[key] < free
+        silent, held = self._silent.get(key, 0), self._held.get(key, 0)
+        fits = SILENT_PARTS * silent < free and self._parts * held < free
         return fits or address in self._exempt
 
 
@@ -116,13 +118,13 @@ class Seat:
 
     __slots__ = ("_places", "_key", "_is_silent", "_is_taken")
 
-    def __init__(self, places: Places, address: str):
-        """Caller holds the lock of ``places``."""
+    def __init__(self, places: Places, key: Hashable):
+        """``key``: that of its address. Caller holds the lock of ``places``."""
         self._places = places
-        self._key = counted_by(address)
+        self._key = key
         self._is_silent = self._is_taken = True
-        places._held[self._key] += 1
-        places._silent[self._key] += 1
+        places._held[key] += 1
+        places._silent[key] += 1
 
     def move(self, address: str) -> bool:
         """Count the connection for ``address``, the visitor that a proxy has named. False if that
@@ -162,7 +164,7 @@ class Seat:
             _take_off(self._places._silent, self._key)
 
 
-def _take_off(counts: Counter[Hashable], key: Hashable) -> None:
+def _take_off(counts: dict[Hashable, int], key: Hashable) -> None:
     counts[key] -= 1
     if not counts[key]:
         del counts[key]
