@@ -45,6 +45,8 @@ log = logging.getLogger("gotunnel.contexts")
 
 _Found = TypeVar("_Found")
 
+NOTHING_GIVEN = Served({}, {})
+
 # Lifetime of ticket keys in seconds, three times that of OpenSSL's tickets (two hours). A visitor
 # that comes back after it makes one full handshake.
 KEY_LIFE = 6 * 3600
@@ -78,7 +80,7 @@ class Certificates:
     @property
     def given(self) -> Served:
         """The contexts of `cert_dir` now. Equal to an earlier value if nothing changed."""
-        return self._cert_dir.served if self._cert_dir else Served({}, {})
+        return self._cert_dir.served if self._cert_dir else NOTHING_GIVEN
 
     def is_given(self, hostname: str) -> bool:
         """Whether a valid pair in `cert_dir` serves `hostname`."""
@@ -178,7 +180,7 @@ class Certificates:
             connection: ssl.SSLObject | ssl.SSLSocket, sni: str | None, _: ssl.SSLContext
         ) -> int | None:
             try:
-                hostname = default if sni is None else normal_hostname(sni)
+                hostname = default if sni in (None, default) else normal_hostname(sni)
                 welcome = hostname == default or allowed is None or allowed(hostname)
                 context = self._context(hostname) if welcome else None
                 if context is None:

@@ -155,14 +155,14 @@ def _client_hello(body: bytes) -> Hello:
     _expect_end(body, at, "extensions")
 
     extensions: dict[int, bytes] = {}
-    at = 0
+    at, end = 0, len(block)
     padded = block + bytes(3)  # so a header that is cut can be unpacked; it ends beyond the block
-    while at < len(block):
+    while at < end:
         kind, length = _EXTENSION.unpack_from(padded, at)
         start = at + _EXTENSION.size
         at = start + length
-        if at > len(block):
-            raise NotTLS(f"extension up to byte {at}, expected an end within {len(block)} bytes")
+        if at > end:
+            raise NotTLS(f"extension up to byte {at}, expected an end within {end} bytes")
         if kind in extensions:  # RFC 8446 §4.2; TLS libraries differ in which one they take
             raise NotTLS(f"extension {kind} twice, expected it once")
         extensions[kind] = block[start:at]

@@ -241,8 +241,10 @@ class HttpConnection(Stepwise):
         """Begin the lingering close: half-close, then drop what still arrives. A plain close with
         bytes unread makes the kernel send RST, and that can destroy our answer on its way."""
         visitor = self._visitor
-        with contextlib.suppress(TimeoutError):  # the visitor is not reading; _drop() flushes later
+        try:
             self.duplex.finish(timeout=0)
+        except TimeoutError:
+            pass  # the visitor is not reading; _drop() flushes later
         if visitor.owner is not None:
             visitor.owner.close()  # here, since it may wait, and brief steps must not
         self._go_to(State.PARTING)
