@@ -323,10 +323,13 @@ class Roster:
         delay = 0.0 if slot.failures == 1 else min(
             BACKOFF * 2 ** (slot.failures - 2), MOST_BACKOFF
         )  # fmt: skip
+        others = "the others take its connections"
+        if not self.serving():  # a longer pause would spare nobody
+            delay, others = min(delay, BACKOFF), "no process serves now"
         when = f"in {delay:g} s" if delay else "now"
         cut = "its visits are cut, " if process.stage is Stage.SERVING else ""
-        yield Say("error", f"process {process.number} ended {how}; {cut}the others take its "
-                  f"connections, and it is restarted {when}")  # fmt: skip
+        yield Say("error", f"process {process.number} ended {how}; {cut}{others}, and it is "
+                  f"restarted {when}")  # fmt: skip
         slot.restarts += 1
         yield from self._cover(slot)
         if replaced:  # its successor starts already

@@ -126,6 +126,16 @@ def test_crashes_in_a_row_are_backed_off_and_do_not_spin(two):
     assert waits == [0, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
+def test_the_last_one_that_served_is_restarted_soon_however_often_it_ends(two):
+    two.roster.slots[1].failures = two.roster.slots[2].failures = 9
+    (line,) = lines(two.ended(2, -9))
+    assert "the others take its connections" in line and line.endswith("restarted in 30 s")
+    actions = two.ended(1, -9)
+    (line,) = lines(actions)
+    assert "no process serves now" in line and line.endswith("restarted in 1 s")
+    assert Start(3, 1) in two.later(1)
+
+
 def test_after_a_steady_while_the_next_crash_is_a_single_accident_again(two):
     for id in (1, 3, 4):
         actions = two.ended(id, 1)
