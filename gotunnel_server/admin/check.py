@@ -264,7 +264,9 @@ def look_at_cluster(settings: Settings) -> Iterable[Finding]:
         if "certificate" in text:
             remedy = "CLUSTER must name the server as its certificate does, CLUSTER_CA_FILE its CA"
         elif "permissions" in text or "ommand" in text:
-            remedy = "docs/cluster.md has the rights and commands that a gateway needs"
+            mine = f"{{{settings.name}}}*"
+            remedy = (f"a gateway needs the keys ~{mine}, the channels &{mine}, scripts (EVAL) and "
+                      "TIME")  # fmt: skip
         yield Finding(FAIL, "CLUSTER", f"{text}: {remedy}")
         return
     finally:

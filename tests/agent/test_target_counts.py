@@ -14,7 +14,7 @@ HOSTNAME = "app.localhost"
 class FakeStream:
     """The gateway's side has sent these bytes."""
 
-    id, stall_timeout = 2, 1
+    id, session = 2, SimpleNamespace(stall_timeout=1)
 
     def __init__(self, came):
         self._came = came
