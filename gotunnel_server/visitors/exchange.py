@@ -110,7 +110,8 @@ class Exchange:
             # The target has our _next: a reference cycle, which would keep the visitor's connection
             # in memory until Python looks for cycles, perhaps hours later.
             self._upload = None
-            self.__dict__.pop("_target", None)
+            if hasattr(self, "_target"):
+                del self._target
 
     def _fail(self, error: Exception) -> None:
         """The page, or a cut. Not in run(), whose frame would hold the error, and that the frame: a
