@@ -642,8 +642,10 @@ def test_port_that_another_program_has_is_given_when_that_one_ends(
 
 
 def test_port_that_another_agent_has_is_given_when_that_one_ends(
-    cache, tmp_path, origin, free_port, soon
+    cache, tmp_path, origin, free_port, caplog, soon
 ):
+    caplog.set_level(logging.INFO)
+
     def serving(hostname, folder):
         folder.mkdir()
         tunnels = [tunnel(hostname, origin.port, port=str(free_port))]
