@@ -10,12 +10,13 @@ visit, and so does all that comes in bulk. That thread reads by itself as long a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import threading
 from queue import SimpleQueue
 
-from gotunnel import READ_SIZE, NoThread, Stream, Waker, call_logged, spawn
+from gotunnel import READ_SIZE, Stream, Waker, call_logged, spawn
 
 from .common.duplex import Duplex
 
@@ -70,7 +71,7 @@ class AnswerReader:
     _waker: Waker
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all
+        self._lock = threading.Lock()  # guards all below; only the reader's thread unwatches
         self._thread: threading.Thread | None = None  # started with the first answer
         self._watched: dict[int, Answer] = {}  # by file descriptor
         self._over = False  # close() was called
@@ -83,18 +84,25 @@ class AnswerReader:
         with self._lock:
             if self._over or self._thread is None and not self._start():
                 return False
-            self._watched[answer.fileno()] = answer
-            self._epoll.register(answer.fileno(), select.EPOLLIN)
+            fd = answer.fileno()
+            self._watched[fd] = answer
+            try:
+                self._epoll.register(fd, select.EPOLLIN)
+            except OSError:  # the system's limit of watched descriptors, or a closed one
+                del self._watched[fd]
+                return False
             return True
 
     def _start(self) -> bool:
         """Whether the thread could be started. Caller holds the lock."""
-        self._epoll, self._waker = select.epoll(), Waker()
-        self._epoll.register(self._waker.fileno(), select.EPOLLIN)
         try:
-            self._thread = spawn("answers", self._run)
-        except NoThread:  # the thread that asks is there, and can do it
-            self._close()
+            with contextlib.ExitStack() as made:
+                self._epoll = made.enter_context(contextlib.closing(select.epoll()))
+                self._waker = made.enter_context(contextlib.closing(Waker()))
+                self._epoll.register(self._waker.fileno(), select.EPOLLIN)
+                self._thread = spawn("answers", self._run)
+                made.pop_all()
+        except OSError:  # also NoThread: the thread that asks is there, and can do it
             return False
         return True
 

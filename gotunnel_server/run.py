@@ -78,7 +78,7 @@ def _run(env_file: str | None) -> int:
 
 
 def serve(config: Config, env_file: str | None, life: Life) -> int:
-    """Run a gateway with this configuration until a signal comes. Raises as run()."""
+    """Run a gateway with this configuration until a signal comes. Raises as _run()."""
     set_up_process(config.log_level, config.log_format)
     stay_on_one_cpu(min)  # the first CPU: an agent on the same machine chooses the last one
     for warning in config.warnings:
@@ -92,7 +92,7 @@ def serve(config: Config, env_file: str | None, life: Life) -> int:
 
 
 def serve_as(child: Any, config: Config, env_file: str | None) -> int:
-    """Run one of several gateways on the same ports, as its supervisor says. Raises as run()."""
+    """Run one of several gateways on the same ports, as its supervisor says. Raises as _run()."""
     set_up_process(config.log_level, config.log_format)
     child.set_up()
     config = replace(config, processes=child.count)
@@ -104,7 +104,7 @@ def serve_as(child: Any, config: Config, env_file: str | None) -> int:
 
 
 def supervise_all(config: Config, env_file: str | None, predecessor: Predecessor | None) -> int:
-    """Supervise several gateways on the same ports until a signal comes. Raises as run()."""
+    """Supervise several gateways on the same ports until a signal comes. Raises as _run()."""
     if predecessor is not None:
         raise Failed("PROCESSES is set, which takes effect when the gateway is restarted")
     set_up_process(config.log_level, config.log_format)

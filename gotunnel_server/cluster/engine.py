@@ -294,9 +294,9 @@ class Refuses(Away):
     """Redis answers, and does not do it: a command or a right is missing, for example."""
 
 
-# Where the words of an error end, and what is for programmers begins: redis-py's own objects behind
-# "No master found for 'NAME'", the digest and the line of a script behind Redis's answer to it, and
-# what an unknown command came with: a password, if it is AUTH.
+# Here begins the part of an error that an operator does not get to see: redis-py's own objects
+# behind "No master found for 'NAME'"; the digest and the line of a script behind Redis's answer to
+# it; the arguments of an unknown command, which are a password if that is AUTH.
 _ITS_OWN = re.compile(r" : <redis\.|\.? script: [0-9a-f]{40}|, with args beginning with")
 
 

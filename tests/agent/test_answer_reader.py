@@ -1,14 +1,16 @@
 """One thread reads the small answers of many targets, and each visit's own thread the rest."""
 
 import contextlib
+import errno
 import queue
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from support import TIMEOUT, wait_until
 
-from gotunnel import READ_SIZE
+from gotunnel import READ_SIZE, NoThread
 from gotunnel_agent import answer_reader
 from gotunnel_agent.answer_reader import Answer, AnswerReader
 from gotunnel_agent.common.duplex import Duplex
@@ -182,7 +184,7 @@ def test_after_close_each_thread_reads_its_answer_itself(reader):
 
 def test_without_a_thread_of_the_reader_each_visit_has_its_own(reader, monkeypatch):
     def spawn(*arguments):
-        raise answer_reader.NoThread("no further thread")
+        raise NoThread("no further thread")
 
     monkeypatch.setattr(answer_reader, "spawn", spawn)
     with contextlib.closing(Visit(reader)) as visit:
@@ -195,3 +197,23 @@ def test_without_epoll_each_visit_reads_itself(reader, monkeypatch):
     with contextlib.closing(Visit(reader)) as visit:
         visit.target.sendall(b"one")
         assert visit.read.get(timeout=TIMEOUT) == b"one"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_without_descriptors_for_the_reader_each_visit_reads_itself(reader, monkeypatch, left):
+    """``left``: how many descriptors can be watched, the waker's among them."""
+    real = answer_reader.select.epoll()
+
+    def register(fd, events):
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left -= 1
+        real.register(fd, events)
+
+    epoll = SimpleNamespace(register=register, poll=real.poll, close=real.close)
+    monkeypatch.setattr(answer_reader.select, "epoll", lambda: epoll)
+    with contextlib.closing(Visit(reader)) as visit:
+        visit.target.sendall(b"one")
+        assert visit.read.get(timeout=TIMEOUT) == b"one"
+        assert not reader._watched
