@@ -608,3 +608,12 @@ def test_priority_update_of_an_unknown_stream_is_ignored(gateway):
         assert visitor.answer(1)[2] == b"ok"
         visitor.send(frame(PRIORITY_UPDATE, 0, 1, b"1234"))
         assert visitor.goodbye()[1] == "PROTOCOL_ERROR"
+
+
+def test_a_header_list_may_be_as_large_as_its_limit_and_no_byte_larger():
+    """Indexed fields, too, count with all their bytes, though one byte on the line names each."""
+    field = ("name", "v" * 10)  # 4 + 10 + 32 bytes
+    block = Encoder().encode([field] * 4)  # the first is put in the table, the others lead there
+    assert http2_hpack.Decoder(4 * 46).decode(block) == ([field] * 4, 4 * 46)
+    with pytest.raises(http2_hpack.TooLarge):
+        http2_hpack.Decoder(4 * 46 - 1).decode(block)
